@@ -1,0 +1,20 @@
+"""Schedules: how the loops of each kernel run on a device."""
+
+from __future__ import annotations
+
+import tvm
+from tvm import tirx
+
+from tvmtrain.schedules import cpu
+from tvmtrain.targets import Device
+
+
+def apply(mod: tvm.IRModule, device: Device) -> tvm.IRModule:
+    """``mod`` with every PrimFunc scheduled for ``device``; one that no template fits keeps its plain loops."""
+    scheduled = {
+        name: cpu.schedule(function, device) for name, function in mod.functions_items() if isinstance(function, tirx.PrimFunc)
+    }
+    result = mod.clone()
+    for name, function in scheduled.items():
+        result[name] = function
+    return result

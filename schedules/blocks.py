@@ -1,0 +1,123 @@
+"""What a schedule needs to know of a block: its axes, and how far a step along each moves in every buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import tvm
+from tvm import sym, tirx
+from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import SBlockRV
+from tvm_ffi import get_global_func
+
+# Calls that cost more than reading their result back from memory.
+EXPENSIVE = ("exp", "log", "sqrt", "rsqrt", "pow", "tanh", "erf", "sigmoid", "sin", "cos")
+
+_realize = get_global_func("s_tir.schedule.GetSBlockRealize")
+
+
+@dataclass(frozen=True)
+class Access:
+    """A buffer read or written: where, and the elements moved by one step of each axis of the block (None: not a fixed number)."""
+
+    buffer: Any
+    index: tuple[Any, ...]
+    strides: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block whose loops are its own, one for each axis, in the same order."""
+
+    name: str
+    source: Any
+    variables: tuple[Any, ...]
+    extents: tuple[int, ...]
+    reduced: tuple[bool, ...]
+    reads: tuple[Access, ...]
+    write: Access
+
+    @property
+    def reduction(self) -> bool:
+        return any(self.reduced)
+
+    @property
+    def volume(self) -> int:
+        return prod(self.extents)
+
+    @property
+    def spatial(self) -> tuple[int, ...]:
+        return tuple(i for i, r in enumerate(self.reduced) if not r)
+
+    @property
+    def reductions(self) -> tuple[int, ...]:
+        return tuple(i for i, r in enumerate(self.reduced) if r)
+
+    @property
+    def accesses(self) -> tuple[Access, ...]:
+        return (*self.reads, self.write)
+
+    @cached_property
+    def expensive(self) -> bool:
+        calls = (e for e in _expressions(self.source.body) if isinstance(e, tvm.ir.Call))
+        return any(getattr(call.op, "name", "").split(".")[-1] in EXPENSIVE for call in calls)
+
+
+def describe(sch: Schedule, block: SBlockRV) -> Block | None:
+    """The block, axes in the order of its loops; None where its loops are not plainly its axes, or its extents are not numbers."""
+    source = sch.get(block)
+    loops = [sch.get(loop) for loop in sch.get_loops(block)]
+    values = list(_realize(sch, block).iter_values)
+    order = [next((i for i, v in enumerate(values) if v.same_as(loop.loop_var)), -1) for loop in loops]
+    # An axis of one step needs no loop.
+    unbound = set(range(len(values))) - set(order)
+    if -1 in order or any(not isinstance(values[i], tirx.IntImm) for i in unbound) or len(source.writes) != 1:
+        return None
+    axes = [source.iter_vars[i] for i in order]
+    extents = [axis.dom.extent for axis in axes]
+    if any(not isinstance(e, tirx.IntImm) or int(e) != int(loop.extent) for e, loop in zip(extents, loops, strict=True)):
+        return None
+    variables = tuple(axis.var for axis in axes)
+    analyzer = sym.Analyzer()
+    for axis in source.iter_vars:
+        analyzer.bind(axis.var, axis.dom)
+    return Block(
+        name=source.name_hint,
+        source=source,
+        variables=variables,
+        extents=tuple(int(e) for e in extents),
+        reduced=tuple(axis.iter_type == tirx.IterVar.CommReduce for axis in axes),
+        reads=tuple(_access(region, variables, analyzer) for region in source.reads),
+        write=_access(source.writes[0], variables, analyzer),
+    )
+
+
+def _access(region: Any, variables: Sequence[Any], analyzer: sym.Analyzer) -> Access:
+    buffer = region.buffer if hasattr(region, "buffer") else region.source
+    index = tuple(analyzer.simplify(r.min) for r in region.region)
+    place: Any = tirx.const(0, "int64")
+    for dimension, i in zip(buffer.shape, index, strict=True):
+        place = place * dimension + i
+    place = analyzer.simplify(place)
+    return Access(buffer, index, tuple(_stride(place, v) for v in variables))
+
+
+def _stride(place: Any, variable: Any) -> int | None:
+    linear = sym.detect_linear_equation(place, [variable])
+    return int(linear[0]) if len(linear) and isinstance(linear[0], tirx.IntImm) else None
+
+
+def _expressions(node: Any) -> Iterator[Any]:
+    """Every expression of a block's body: there is no visitor of TIR in TVM's Python."""
+    yield node
+    for name in ("value", "a", "b", "condition", "true_value", "false_value", "args", "body", "seq"):
+        child = getattr(node, name, None)
+        if isinstance(child, tvm.ir.Array | list | tuple):
+            for each in child:
+                yield from _expressions(each)
+        elif isinstance(child, tvm.runtime.Object) and child is not None:
+            yield from _expressions(child)

@@ -1,0 +1,469 @@
+"""The schedule of every kernel on a processor: vectors along memory, sums in registers, cores over what is left.
+
+``schedule`` first inlines what is cheap, then gives each block of a PrimFunc the first of these that fits it:
+
+1. tile: a reduction whose results lie side by side (convolutions, matrix products, column sums). A tile of results stays in
+   registers while the reduction runs; what is computed from the results is written at once.
+2. lanes: a reduction along memory (row sums, softmax). Each lane of a vector has a partial sum.
+3. sweep: one result for each place (elementwise, padding, copies).
+
+A template that does not fit a block is undone; the worst that can happen is a plain loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+from tvm import tirx
+from tvm.s_tir import Schedule, ScheduleError
+from tvm.s_tir.schedule import LoopRV, SBlockRV
+from tvm.tirx import IndexMap
+
+from tvmtrain.schedules.blocks import Access, Block, describe
+from tvmtrain.targets import Device
+
+# Below this many steps, starting the other threads costs more than they save.
+PARALLEL = 16384
+# Tiles of up to this many results along one axis; more registers than any processor has would be needed beyond.
+LARGEST_TILE = 16
+# Statements to which the code that follows a tile may be unrolled.
+LARGEST_EPILOGUE = 64
+# Bytes that the partial sums of one kernel may take.
+LARGEST_PARTIAL = 4 * 2**20
+# Rows read at once by a transposed copy: a small map's rows are a power of two apart, and no cache keeps more than 8 such.
+LINE = 8
+
+# How a schedule primitive of TVM says that it does not fit; an InternalError is a RuntimeError too.
+FAILURES = (ScheduleError, RuntimeError, ValueError)
+
+Template = Callable[[Schedule, Block, Device], bool]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A register tile: ``columns`` vectors of ``lanes`` along ``axis``, times ``rows`` (axis, how many)."""
+
+    axis: int
+    lanes: int
+    columns: int
+    rows: tuple[tuple[int, int], ...]
+
+
+def schedule(func: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:
+    """``func`` with its loops ordered, vectorized and spread over cores; its results stay the same but for rounding."""
+    try:
+        sch = Schedule(func, error_render_level="none")
+    except FAILURES:
+        return func
+    blocks = _blocks(sch)
+    if not blocks:
+        return func
+    if len(blocks) > 1:
+        _inline(sch, blocks)
+        blocks = _blocks(sch)
+    if _pad(sch, blocks, device):
+        blocks = _blocks(sch)
+    for block in sorted(blocks, key=lambda b: not b.reduction):
+        if _alone(sch, block.name):
+            sch = _fit(sch, block, device, (tile, lanes, sweep) if block.reduction else (sweep,))
+    return sch.mod["main"]
+
+
+def _fit(sch: Schedule, block: Block, device: Device, templates: Sequence[Template]) -> Schedule:
+    """The schedule after the first template that fits the block; unchanged if none does."""
+    for template in templates:
+        trial = sch.copy()
+        try:
+            if template(trial, block, device):
+                return trial
+        except FAILURES:
+            continue
+    return sch
+
+
+def _alone(sch: Schedule, name: str) -> bool:
+    """Whether the block still has loops of its own, untouched: it was neither inlined nor moved into another's."""
+    blocks = {sch.get(block).name_hint: block for block in sch.get_child_blocks(sch.get_sblock("root"))}
+    if name not in blocks:
+        return False
+    loops = sch.get_loops(blocks[name])
+    return not loops or (len(sch.get_child_blocks(loops[0])) == 1 and sch.get(loops[0]).kind == tirx.ForKind.SERIAL)
+
+
+def _blocks(sch: Schedule) -> list[Block]:
+    """The blocks of a function that is a row of loop nests with one block each; nothing for any other function."""
+    try:
+        blocks = [describe(sch, block) for block in sch.get_child_blocks(sch.get_sblock("root"))]
+    except FAILURES:
+        return []
+    known = [b for b in blocks if b is not None]
+    return known if len({b.name for b in known}) == len(blocks) else []
+
+
+# --- Inlining ---------------------------------------------------------------------------------------------------------------
+
+
+def _inline(sch: Schedule, blocks: Sequence[Block]) -> None:
+    """Compute values where they are read, unless they are read often there or cost much."""
+    by_name = {b.name: b for b in blocks}
+    for block in blocks:
+        rv = sch.get_sblock(block.name)
+        consumers = [by_name[sch.get(c).name_hint] for c in sch.get_consumers(rv)]
+        repeated = any(c.reduction and c.volume > block.volume for c in consumers)
+        costly = block.expensive and sum(c.volume for c in consumers) > block.volume
+        if consumers and not (block.reduction or repeated or costly):
+            with suppress(*FAILURES):
+                sch.compute_inline(rv)
+
+
+def _pad(sch: Schedule, blocks: Sequence[Block], device: Device) -> bool:
+    """Matrix products whose rows are no whole vectors (197 tokens) get operands padded with zeros; whether there were any."""
+    padded = False
+    for block in blocks:
+        axis = _vector_axis(block) if len(block.reads) > 1 and block.volume >= PARALLEL else None
+        if axis is None or _lanes(block.extents[axis], device) is not None:
+            continue
+        steps = [device.lanes() if v.var.same_as(block.variables[axis]) else 1 for v in block.source.iter_vars]
+        with suppress(*FAILURES):
+            sch.pad_einsum(sch.get_sblock(block.name), steps)
+            padded = True
+    return padded
+
+
+# --- Reductions -------------------------------------------------------------------------------------------------------------
+
+
+def tile(sch: Schedule, block: Block, device: Device) -> bool:
+    """Results that lie side by side: a tile of them in registers, the reduction around it, cores over the tiles."""
+    rv = sch.get_sblock(block.name)
+    epilogue, cut = _epilogue(sch, block) if block.reduction else (None, False)
+    shape = _tile(block, device, cut) if block.reduction else None
+    if shape is None and cut:
+        epilogue, shape = None, _tile(block, device, False)
+    if shape is None:
+        return False
+    loops = sch.get_loops(rv)
+    inner, outer_of = _split(sch, loops, shape)
+    taken = {shape.axis, *(a for a, _ in shape.rows)}
+    axes = [a for a in block.spatial if a not in taken] + [shape.axis] + [a for a, _ in shape.rows]
+    outer = [outer_of.get(a, loops[a]) for a in axes]
+    reductions = [loops[a] for a in block.reductions]
+    sch.reorder(*outer, *reductions, *inner)
+    counts = [_extent(sch, loop) for loop in outer]
+    shared, private = _share(sch, block, axes, counts, device) if block.volume >= PARALLEL else (0, [])
+    outer = _parallel(sch, outer, shared)
+    for producer in private:
+        sch.compute_at(sch.get_sblock(producer), outer[0])
+    _finish_in(sch, rv, epilogue, outer[-1] if outer else None, device)
+    for loop in inner[:-1]:
+        sch.unroll(loop)
+    sch.vectorize(inner[-1])
+    sch.decompose_reduction(rv, reductions[0])
+    return True
+
+
+def _tile(block: Block, device: Device, whole: bool) -> Tile | None:
+    """The register tile of a reduction, of whole rows if asked for; None if no axis of the result can be a vector."""
+    axis = _vector_axis(block)
+    width = _lanes(block.extents[axis], device) if axis is not None else None
+    if axis is None or width is None:
+        return None
+    vectors = [r for r in block.reads if r.strides[axis] == 1]
+    others = [a for a in reversed(block.spatial) if a != axis and block.extents[a] > 1]
+    reusing = [a for a in others if any(r.strides[a] == 0 for r in vectors)]
+    scalars = [a for a in others if len(block.reads) > 1 and any(r.strides[a] == 0 for r in block.reads)]
+    rows = sorted(reusing, key=lambda a: -min(block.extents[a], LARGEST_TILE))[:2] or scalars[:1]
+    count = block.extents[axis] // width
+    columns = [count] if whole else _divisors(count, 4)
+    sizes = [_divisors(block.extents[a], LARGEST_TILE if reusing else 4) for a in rows]
+    return _best_tile(Tile(axis, width, 1, ()), columns, list(zip(rows, sizes, strict=True)), device.vector_registers)
+
+
+def _best_tile(best: Tile, widths: Sequence[int], rows: Sequence[tuple[int, Sequence[int]]], registers: int) -> Tile | None:
+    """The tile with most arithmetic for each value loaded, that fits the registers."""
+    value = 0.0
+    for columns, *heights in product(widths, *(sizes for _, sizes in rows)):
+        height = prod(heights)
+        score = height * columns / (height + columns)
+        if score > value and height * columns + columns + 1 <= registers:
+            tiled = tuple((axis, size) for (axis, _), size in zip(rows, heights, strict=True) if size > 1)
+            best, value = Tile(best.axis, best.lanes, columns, tiled), score
+    return best if value else None
+
+
+def _vector_axis(block: Block) -> int | None:
+    """The axis of a reduction's results along which a vector can run."""
+    return next((a for a in reversed(block.spatial) if block.reduction and _contiguous(block, a)), None)
+
+
+def _contiguous(block: Block, axis: int) -> bool:
+    """Whether a vector along ``axis`` writes neighbours, and reads neighbours or one value for all."""
+    steps = [r.strides[axis] for r in block.reads]
+    return block.extents[axis] > 1 and block.write.strides[axis] == 1 and all(s in (0, 1) for s in steps) and 1 in steps
+
+
+def _lanes(extent: int, device: Device) -> int | None:
+    """How many elements a vector along ``extent`` has: no remainder; short odd extents become one odd vector."""
+    width = device.lanes()
+    while width > 2 and extent % width:
+        width //= 2
+    if width > 2 or extent == 2:
+        return width
+    return extent if extent <= 2 * device.lanes() else None
+
+
+def _divisors(n: int, most: int) -> list[int]:
+    return [d for d in range(1, min(n, most) + 1) if n % d == 0]
+
+
+def _split(sch: Schedule, loops: Sequence[LoopRV], shape: Tile) -> tuple[list[LoopRV], dict[int, LoopRV]]:
+    """The loops inside of a tile (rows, columns, lanes), and those that run over tiles, by axis."""
+    outer: dict[int, LoopRV] = {}
+    inner: list[LoopRV] = []
+    for axis, size in shape.rows:
+        outer[axis], row = sch.split(loops[axis], factors=[None, size])
+        inner.append(row)
+    outer[shape.axis], column, lane = sch.split(loops[shape.axis], factors=[None, shape.columns, shape.lanes])
+    return [*inner, column, lane], outer
+
+
+def _shared_prefix(counts: Sequence[int], device: Device) -> int:
+    """How many of the outer loops the cores share: as few as keep all of them busy to the end."""
+    total = 1
+    for i, count in enumerate(counts):
+        total *= count
+        if total >= 8 * device.cores or (total >= device.cores and total % device.cores == 0):
+            return i + 1
+    return len(counts)
+
+
+def _share(sch: Schedule, block: Block, axes: Sequence[int], counts: Sequence[int], device: Device) -> tuple[int, list[str]]:
+    """How many outer loops the cores share, and the padded copies that each step then makes for itself: small ones are best."""
+    fewest = _shared_prefix(counts, device)
+    for shared in range(len(axes), fewest - 1, -1):
+        if private := _private(sch, block, axes[:shared]):
+            return shared, private
+    return fewest, []
+
+
+def _parallel(sch: Schedule, outer: Sequence[LoopRV], shared: int) -> list[LoopRV]:
+    """The outer loops after the first ``shared`` became one that the cores share."""
+    if not shared:
+        return list(outer)
+    fused = sch.fuse(*outer[:shared])
+    sch.parallel(fused)
+    return [fused, *outer[shared:]]
+
+
+def _private(sch: Schedule, block: Block, axes: Sequence[int]) -> list[str]:
+    """Producers (padded copies) of which each step of the parallel axes reads a part of its own."""
+    variables = [block.variables[a] for a in axes if block.extents[a] > 1]
+    own = []
+    for rv in sch.get_producers(sch.get_sblock(block.name)):
+        producer = describe(sch, rv)
+        if producer is None or producer.reduction or len(sch.get_consumers(rv)) > 1 or not variables:
+            continue
+        access = next(r for r in block.reads if r.buffer.same_as(producer.write.buffer))
+        if all(any(i.same_as(v) for i in access.index) for v in variables):
+            own.append(producer.name)
+    return own
+
+
+# --- What follows a reduction -------------------------------------------------------------------------------------------------
+
+
+def _epilogue(sch: Schedule, block: Block) -> tuple[SBlockRV | None, bool]:
+    """The one block that reads the results, if it does so in the order in which they are made; and whether it cuts rows short."""
+    consumers = sch.get_consumers(sch.get_sblock(block.name))
+    after = describe(sch, consumers[0]) if len(consumers) == 1 else None
+    access = [r for r in after.reads if r.buffer.same_as(block.write.buffer)] if after and not after.reduction else []
+    if after is None or len(access) != 1:
+        return None, False
+    if _in_order(after, access[0]):
+        cut = bool(after.extents) and after.extents[-1] < int(access[0].buffer.shape[-1])
+        return sch.get_sblock(after.name), cut
+    return _merged_epilogue(sch, after, access[0]), False
+
+
+def _in_order(after: Block, access: Access) -> bool:
+    """Whether each index of the access is an axis of the block, in order, whatever has one element left out."""
+    sizes = [int(d) for d in access.buffer.shape]
+    used = [next((a for a, v in enumerate(after.variables) if i.same_as(v)), -1) for i in access.index]
+    used = [i for i, size in zip(used, sizes, strict=True) if size > 1]
+    wide = [i for i, e in enumerate(after.extents) if e > 1]
+    lengths = [after.extents[i] for i in wide]
+    whole = [s for s in sizes if s > 1]
+    # Rows that were padded to whole vectors are cut to their length on the way out.
+    return used == wide and lengths[:-1] == whole[:-1] and lengths[-1:] <= whole[-1:]
+
+
+def _merged_epilogue(sch: Schedule, after: Block, access: Access) -> SBlockRV | None:
+    """A consumer over (.., h, w) of results over (.., h*W + w), with h and w made one axis."""
+    *head, height, width = after.extents
+    sizes = [int(d) for d in access.buffer.shape]
+    if len(after.extents) < 3 or sizes != [*head, height * width] or _merged(access, after.extents) < 2:
+        return None
+    rv = sch.get_sblock(after.name)
+    merge = IndexMap.from_func(lambda *i: [*i[:-2], i[-2] * width + i[-1]], ndim=len(after.extents), index_dtype="int64")
+    sch.transform_block_layout(rv, merge)
+    return rv
+
+
+def _finish_in(sch: Schedule, rv: SBlockRV, epilogue: SBlockRV | None, at: LoopRV | None, device: Device) -> None:
+    """Results leave the registers tile by tile: into their consumer, or into memory."""
+    if epilogue is None:
+        epilogue = sch.cache_write(rv, 0, "local")
+    elif at is not None:
+        sch.set_scope(rv, 0, "local")
+    if at is None:
+        return
+    sch.reverse_compute_at(epilogue, at)
+    loops = sch.get_loops(epilogue)
+    outside = 1 + next(i for i, loop in enumerate(loops) if sch.get(loop).same_as(sch.get(at)))
+    *rows, last = loops[outside:]
+    width = _lanes(_extent(sch, last), device) or 1
+    if width > 1:
+        last, lane = sch.split(last, factors=[None, width])
+        sch.vectorize(lane)
+    # Registers have no addresses: each result must be named.
+    if prod(_extent(sch, loop) for loop in (*rows, last)) <= LARGEST_EPILOGUE:
+        for loop in (*rows, last):
+            sch.unroll(loop)
+
+
+# --- Reductions along memory --------------------------------------------------------------------------------------------------
+
+
+def lanes(sch: Schedule, block: Block, device: Device) -> bool:
+    """A sum along memory: partial sums side by side in a vector, added up at the end."""
+    count = _run(block) if block.reduction and block.volume >= 1024 else 0
+    if not count:
+        return False
+    rv = sch.get_sblock(block.name)
+    results = prod(block.extents[a] for a in block.spatial)
+    if results < 2 * device.cores and block.volume >= PARALLEL and (parts := _parts(block, device)):
+        loop = sch.get_loops(rv)[block.reductions[0]]
+        if block.extents[block.reductions[0]] != parts:
+            loop, _ = sch.split(loop, factors=[parts, None])
+        rv = sch.rfactor(loop, 0)
+        return lanes(sch, _known(sch, rv), device) or sweep(sch, _known(sch, rv), device)
+    width = _partial_sums(prod(block.extents[-count:]), device)
+    if width is None or 4 * results * width > LARGEST_PARTIAL:
+        return False
+    loops = sch.get_loops(rv)
+    line = sch.fuse(*loops[-count:]) if count > 1 else loops[-1]
+    _, lane = sch.split(line, factors=[None, width])
+    partial = sch.rfactor(lane, -1)
+    if results * width >= PARALLEL:
+        spatial = [loop for loop, reduced in zip(sch.get_loops(rv), _known(sch, rv).reduced, strict=True) if not reduced]
+        sch.reorder(*spatial, *[loop for loop in sch.get_loops(rv) if loop not in spatial])
+        _parallel(sch, spatial, len(spatial))
+    return tile(sch, _known(sch, partial), device)
+
+
+def _run(block: Block) -> int:
+    """How many of the last axes are reduced and one contiguous run in everything that is read."""
+    trailing = 0
+    for reduced in reversed(block.reduced):
+        if not reduced:
+            break
+        trailing += 1
+    return min(trailing, *(_merged(r, block.extents) for r in block.reads)) if block.reads else 0
+
+
+def _parts(block: Block, device: Device) -> int | None:
+    """Into how many parts the outermost reduced axis is divided where there are too few results for all cores."""
+    size = block.extents[block.reductions[0]]
+    if len(block.reductions) > 1 and size <= 16 * device.cores:
+        return size if size >= device.cores else None
+    return next((p for p in (4 * device.cores, 2 * device.cores, device.cores) if size % p == 0 and size > p), None)
+
+
+def _partial_sums(size: int, device: Device) -> int | None:
+    """How many partial sums: several vectors of them, or the largest divisor that fits two vectors."""
+    width = next(
+        (k * device.lanes() for k in (4, 2, 1) if size % (k * device.lanes()) == 0 and size > k * device.lanes()), None
+    )
+    return width or next((d for d in range(2 * device.lanes(), 3, -1) if size % d == 0 and size > d), None)
+
+
+def _known(sch: Schedule, rv: SBlockRV) -> Block:
+    block = describe(sch, rv)
+    if block is None:
+        raise ValueError("a block of unexpected form")
+    return block
+
+
+# --- One result for each place ------------------------------------------------------------------------------------------------
+
+
+def sweep(sch: Schedule, block: Block, device: Device) -> bool:
+    """One result for each place: vectors along what is contiguous everywhere, cores over the rest."""
+    spatial = len(block.spatial)
+    if list(block.spatial) != list(range(spatial)):
+        return False
+    loops = sch.get_loops(sch.get_sblock(block.name))
+    merged = 0 if block.reduction else min(_merged(a, block.extents) for a in block.accesses)
+    head = loops[: spatial - merged]
+    if merged:
+        size = prod(block.extents[spatial - merged :])
+        line = sch.fuse(*loops[spatial - merged :]) if merged > 1 else loops[-1]
+        width = _lanes(size, device) or 1
+        parts = _chunks(size, width, prod(block.extents[: spatial - merged]), device)
+        part, _, lane = sch.split(line, factors=[parts, None, width])
+        if width > 1:
+            sch.vectorize(lane)
+        head = [*head, part]
+    elif not block.reduction and (across := _transposed(block)) is not None:
+        head = _transpose(sch, loops, across)
+    if block.volume >= PARALLEL and head:
+        _parallel(sch, head, _shared_prefix([_extent(sch, loop) for loop in head], device))
+    return bool(head)
+
+
+def _transposed(block: Block) -> int | None:
+    """The axis along which a copy reads neighbours, if it writes them along the last axis."""
+    last = len(block.extents) - 1
+    if last < 1 or block.write.strides[last] != 1 or block.extents[last] % LINE or len(block.reads) != 1:
+        return None
+    return next((a for a in range(last) if block.reads[0].strides[a] == 1 and block.extents[a] > 1), None)
+
+
+def _transpose(sch: Schedule, loops: Sequence[LoopRV], across: int) -> list[LoopRV]:
+    """Write ``LINE`` neighbours at a time, and read on along their rows while these are in the nearest cache."""
+    line, lane = sch.split(loops[-1], factors=[None, LINE])
+    outer = [*loops[:across], line]
+    sch.reorder(*outer, *loops[across:-1], lane)
+    sch.vectorize(lane)
+    return outer
+
+
+def _chunks(size: int, width: int, outside: int, device: Device) -> int:
+    """Into how many parts a contiguous run is split for the cores: none if there are enough runs."""
+    if outside >= device.cores:
+        return 1
+    count = size // width
+    return next((c for c in (4 * device.cores, 2 * device.cores, device.cores) if count % c == 0), 1)
+
+
+def _merged(access: Access, extents: Sequence[int]) -> int:
+    """How many of the last axes are one contiguous run in the buffer, or leave the place unchanged."""
+    count = 0
+    expected = 1
+    still = None
+    for stride, extent in zip(reversed(access.strides), reversed(extents), strict=True):
+        if extent > 1:
+            if stride not in (0, expected) or (still is not None and still != (stride == 0)):
+                break
+            still = stride == 0
+            expected *= extent
+        count += 1
+    return count
+
+
+def _extent(sch: Schedule, loop: LoopRV) -> int:
+    return int(sch.get(loop).extent)

@@ -1,0 +1,29 @@
+"""What all tests share: every pass of every test leaves a well-formed module, and random numbers that repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from tvm.ir.transform import PassContext
+from tvm.relax.ir.instrument import WellFormedInstrument
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Slow tests run when they are asked for: ``pytest -m slow``."""
+    config.option.markexpr = config.option.markexpr or "not slow"
+
+
+@pytest.fixture(autouse=True)
+def _well_formed() -> Iterator[None]:
+    """TVM checks the module before and after each pass that runs in the test's own pass context."""
+    with PassContext(opt_level=2, instruments=[WellFormedInstrument()]):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)

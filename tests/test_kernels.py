@@ -1,0 +1,172 @@
+"""Kernels against PyTorch, at shapes that are not friendly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from relax_cases import close, run
+from torch.nn import functional
+from tvm import relax
+from tvm.relax.op.grad import avg_pool2d_backward, max_pool2d_backward, take_backward
+
+from tvmtrain import operators
+
+# Every example is compiled: few of them, without a deadline.
+slow = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+
+@dataclass(frozen=True)
+class Convolution:
+    batch: int
+    group_in: int
+    group_out: int
+    groups: int
+    size: tuple[int, int]
+    kernel: tuple[int, int]
+    strides: tuple[int, int]
+    dilation: tuple[int, int]
+    padding: tuple[int, int, int, int]
+
+    @property
+    def fits(self) -> bool:
+        spans = [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilation, strict=True)]
+        padded = [s + self.padding[i] + self.padding[i + 2] for i, s in enumerate(self.size)]
+        return all(p >= s for p, s in zip(padded, spans, strict=True))
+
+
+def pairs(low: int, high: int) -> st.SearchStrategy[tuple[int, int]]:
+    return st.tuples(st.integers(low, high), st.integers(low, high))
+
+
+convolutions = st.builds(
+    Convolution,
+    batch=st.integers(1, 3),
+    group_in=st.sampled_from([1, 1, 2, 3, 8, 9, 17]),
+    group_out=st.sampled_from([1, 1, 2, 5, 8, 12]),
+    groups=st.sampled_from([1, 1, 2, 3, 8]),
+    size=pairs(1, 20),
+    kernel=st.one_of(st.just((1, 1)), st.just((3, 3)), pairs(1, 7)),
+    strides=st.one_of(st.just((1, 1)), pairs(1, 3)),
+    dilation=st.one_of(st.just((1, 1)), pairs(1, 3)),
+    padding=st.one_of(st.just((0, 0, 0, 0)), st.just((1, 1, 1, 1)), st.tuples(*[st.integers(0, 3)] * 4)),
+).filter(lambda c: c.fits)
+
+
+def check_convolution(case: Convolution) -> None:
+    """y, dX and dW of a convolution, against PyTorch."""
+    torch.manual_seed(0)
+    x = torch.randn(case.batch, case.group_in * case.groups, *case.size, requires_grad=True)
+    w = torch.randn(case.group_out * case.groups, case.group_in, *case.kernel, requires_grad=True)
+    top, left, bottom, right = case.padding
+    y = functional.conv2d(
+        functional.pad(x, (left, right, top, bottom)), w, stride=case.strides, dilation=case.dilation, groups=case.groups
+    )
+    gy = torch.randn_like(y)
+    y.backward(gy)
+
+    def step(x: relax.Expr, w: relax.Expr, gy: relax.Expr) -> relax.Expr:
+        call = relax.op.nn.conv2d(x, w, strides=case.strides, padding=case.padding, dilation=case.dilation, groups=case.groups)
+        return relax.Tuple([call, operators.conv2d_dgrad(call, gy), operators.conv2d_wgrad(call, gy)])
+
+    results = run(step, *(t.detach().numpy() for t in (x, w, gy)))
+    for got, wanted in zip(results, (y, x.grad, w.grad), strict=True):
+        assert wanted is not None
+        close(got, wanted.detach().numpy())
+
+
+@slow
+@given(convolutions)
+def test_convolutions(case: Convolution) -> None:
+    check_convolution(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        # name: why it is here
+        pytest.param(Convolution(2, 1, 1, 24, (15, 13), (3, 3), (2, 2), (1, 1), (1, 1, 1, 1)), id="depthwise, stride 2, odd"),
+        pytest.param(Convolution(2, 1, 2, 6, (9, 9), (5, 5), (1, 1), (2, 2), (4, 4, 4, 4)), id="depthwise multiplier, dilated"),
+        pytest.param(Convolution(2, 40, 24, 1, (7, 7), (1, 1), (1, 1), (1, 1), (0, 0, 0, 0)), id="pointwise, 7x7"),
+        pytest.param(Convolution(2, 24, 40, 1, (8, 8), (1, 1), (1, 1), (1, 1), (0, 0, 0, 0)), id="pointwise, 8x8"),
+        pytest.param(Convolution(2, 8, 16, 1, (9, 7), (1, 1), (2, 2), (1, 1), (0, 0, 0, 0)), id="pointwise, stride 2"),
+        pytest.param(Convolution(2, 3, 32, 1, (33, 33), (3, 3), (2, 2), (1, 1), (1, 1, 1, 1)), id="first layer"),
+        pytest.param(Convolution(1, 16, 16, 1, (14, 14), (3, 3), (1, 1), (1, 1), (0, 0, 1, 1)), id="padded at the end only"),
+        pytest.param(Convolution(1, 4, 4, 2, (8, 8), (2, 2), (3, 3), (1, 1), (0, 0, 0, 0)), id="stride beyond the kernel"),
+        pytest.param(Convolution(1, 2, 3, 1, (5, 5), (1, 1), (1, 1), (1, 1), (2, 2, 2, 2)), id="padding beyond the kernel"),
+        pytest.param(Convolution(1, 1, 1, 1, (1, 1), (1, 1), (1, 1), (1, 1), (0, 0, 0, 0)), id="one element"),
+    ],
+)
+def test_convolutions_of_networks(case: Convolution) -> None:
+    check_convolution(case)
+
+
+windows = st.tuples(pairs(1, 4), pairs(1, 3), pairs(4, 12), st.booleans(), st.booleans(), st.data())
+
+
+@slow
+@given(windows)
+def test_average_pooling(window: tuple) -> None:
+    kernel, strides, size, ceil_mode, include, data = window
+    padding = tuple(data.draw(st.integers(0, k // 2)) for k in kernel)
+    x = torch.randn(2, 3, *size, requires_grad=True)
+    y = functional.avg_pool2d(x, kernel, strides, padding, ceil_mode, include)
+    gy = torch.randn_like(y)
+    y.backward(gy)
+
+    def step(gy: relax.Expr, x: relax.Expr) -> relax.Expr:
+        options = (kernel, strides, [*padding, *padding], [1, 1], ceil_mode, include)
+        return relax.Tuple([relax.op.nn.avg_pool2d(x, *options), avg_pool2d_backward(gy, x, *options)])
+
+    results = run(step, gy.numpy(), x.detach().numpy())
+    for got, wanted in zip(results, (y.detach(), x.grad), strict=True):
+        assert wanted is not None
+        close(got, wanted.numpy())
+
+
+@slow
+@given(windows, pairs(1, 2))
+def test_max_pooling_gives_ties_to_the_first(window: tuple, dilation: tuple[int, int]) -> None:
+    kernel, strides, size, ceil_mode, _, data = window
+    padding = tuple(data.draw(st.integers(0, k // 2)) for k in kernel)
+    if any(s + 2 * p <= (k - 1) * d for s, p, k, d in zip(size, padding, kernel, dilation, strict=True)):
+        return
+    # Few different values: most windows have several maxima.
+    x = torch.randint(0, 3, (2, 3, *size)).float().requires_grad_()
+    y = functional.max_pool2d(x, kernel, strides, padding, dilation, ceil_mode)
+    gy = torch.randn_like(y)
+    y.backward(gy)
+
+    def step(gy: relax.Expr, x: relax.Expr) -> relax.Expr:
+        options = (kernel, strides, [*padding, *padding], dilation, ceil_mode)
+        return relax.Tuple([relax.op.nn.max_pool2d(x, *options), max_pool2d_backward(gy, x, *options)])
+
+    results = run(step, gy.numpy(), x.detach().numpy())
+    for got, wanted in zip(results, (y.detach(), x.grad), strict=True):
+        assert wanted is not None
+        close(got, wanted.numpy())
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((5, 7), 0), ((4, 6), 1), ((2, 5, 3), 1)])
+def test_rows_taken_twice_add_up(shape: tuple[int, ...], axis: int) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    index = torch.randint(0, shape[axis], (9,))
+    y = torch.index_select(x, axis, index)
+    gy = torch.randn_like(y)
+    y.backward(gy)
+    (got,) = run(lambda gy, x, i: take_backward(gy, x, i, axis=axis), gy.numpy(), x.detach().numpy(), index.numpy())
+    assert x.grad is not None
+    close(got, x.grad.numpy())
+
+
+@pytest.mark.parametrize(
+    ("shape", "target"), [((2, 3, 4), (3, 1)), ((2, 3, 4, 5), (3, 1, 1)), ((5, 4), (1, 4)), ((4, 3), (4, 3))]
+)
+def test_sums_to_a_broadcast_shape(shape: tuple[int, ...], target: tuple[int, ...]) -> None:
+    x = np.random.default_rng(0).standard_normal(shape).astype("float32")
+    (got,) = run(lambda v: relax.op.collapse_sum_to(v, relax.ShapeExpr(list(target))), x)
+    close(got, torch.from_numpy(x).sum_to_size(target).numpy())

@@ -1,0 +1,99 @@
+"""Imports run one way; the root folders are reachable; a device needs neither PyTorch nor the compiler."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "tvmtrain"
+
+# Each room and the rooms it may import from. A package is one room.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "spec": {"errors"},
+    "artifact": {"errors", "runtime"},  # the runtime only when an artifact in memory is loaded
+    "targets": {"errors"},
+    "runtime": {"artifact", "errors"},
+    "console": set(),
+    "data": {"artifact", "errors"},
+    "training": {"artifact", "console", "data", "errors", "runtime"},
+    "philox": set(),
+    "operators": set(),
+    "onnx_model": {"errors"},
+    "signature": {"artifact"},
+    "converters": {"operators", "philox", "errors"},
+    "translator": {"converters", "errors"},
+    "importer": {"artifact", "converters", "errors", "onnx_model", "signature", "spec", "translator"},
+    "autodiff": {"operators", "signature"},
+    "passes": {"autodiff", "signature", "spec"},
+    "graph": {"artifact", "autodiff", "converters", "errors", "importer", "passes", "signature", "spec"},
+    "kernels": {"operators"},
+    "pool_kernels": {"kernels"},
+    "schedules": {"targets"},
+    "builder": {"artifact", "graph", "kernels", "pool_kernels", "runtime", "schedules", "spec", "targets"},
+}
+# These join the rooms above for a person; they may use everything.
+FRONT = {"cli", "jobs", "describe", "verify", "quickstart", "__init__", "__main__"}
+WITH_TORCH = {"converters", "importer", "onnx_model", "translator", "jobs", "verify", "quickstart"}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def files() -> list[Path]:
+    links = [path for name in ("passes", "schedules", "targets") for path in (PACKAGE / name).glob("*.py")]
+    return sorted({*PACKAGE.glob("*.py"), *PACKAGE.glob("*/*.py"), *links})
+
+
+def imported(path: Path) -> set[str]:
+    """Full names that a file imports, anywhere in it, but for type checkers alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    checked = {
+        id(n)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for n in ast.walk(node)
+    }
+    names = set()
+    for node in ast.walk(tree):
+        if id(node) in checked:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def rooms_used(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imported(path) if name.startswith("tvmtrain.")} - {room(path)}
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path: Path) -> None:
+    if room(path) not in FRONT:
+        assert rooms_used(path) <= ALLOWED[room(path)]
+
+
+def test_the_table_has_no_circle() -> None:
+    waiting = {name: used - ({"runtime"} if name == "artifact" else set()) for name, used in ALLOWED.items()}
+    while ready := {name for name, used in waiting.items() if not used & waiting.keys()}:
+        waiting = {name: used for name, used in waiting.items() if name not in ready}
+    assert not waiting
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_torch_stays_where_models_are_read(path: Path) -> None:
+    uses = {name.split(".")[0] for name in imported(path)}
+    assert "torch" not in uses or room(path) in WITH_TORCH
+
+
+@pytest.mark.parametrize("name", ["passes", "schedules", "targets"])
+def test_the_root_folders_are_linked(name: str) -> None:
+    link = PACKAGE / name
+    assert link.is_symlink()
+    assert link.readlink() == Path("..") / name

@@ -1,0 +1,167 @@
+"""Schedules change how fast a kernel is, never what it computes; and the ones that matter are really vectorized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from relax_cases import close, module, run
+from tvm import relax, tirx
+from tvm.relax import op as R
+
+from tvmtrain import builder, schedules, targets
+
+rng = np.random.default_rng(0)
+
+
+def array(*shape: int) -> np.ndarray:
+    return rng.standard_normal(shape).astype("float32")
+
+
+def softmax(x: np.ndarray, axis: int) -> np.ndarray:
+    e = np.exp(x - x.max(axis=axis, keepdims=True))
+    return e / e.sum(axis=axis, keepdims=True)
+
+
+def normalized(x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    return (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + 1e-5)
+
+
+CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
+    # name: in Relax, in NumPy, shapes
+    "add": (R.add, np.add, ((7, 11), (7, 11))),
+    "add, long": (R.add, np.add, ((3, 40000), (3, 40000))),
+    "add, prime": (R.add, np.add, ((10007,), (10007,))),
+    "scalar": (R.add, np.add, ((), ())),
+    "channel scale": (lambda x, s: R.nn.relu(R.multiply(x, s)), lambda x, s: np.maximum(x * s, 0), ((4, 24, 7, 7), (24, 1, 1))),
+    "channel scale, even": (R.multiply, np.multiply, ((8, 24, 16, 16), (24, 1, 1))),
+    "row scale": (R.multiply, np.multiply, ((64, 100), (64, 1))),
+    "transpose": (lambda x: R.permute_dims(x, [1, 0]), np.transpose, ((200, 137),)),
+    "heads": (lambda x: R.permute_dims(x, [0, 2, 1, 3]), lambda x: x.transpose(0, 2, 1, 3), ((2, 19, 3, 64),)),
+    "pad": (
+        lambda x: R.nn.pad(x, [0, 0, 0, 0, 1, 2, 3, 1]),
+        lambda x: np.pad(x, ((0, 0), (0, 0), (1, 2), (3, 1))),
+        ((2, 8, 30, 30),),
+    ),
+    "concat": (lambda a, b: R.concat([a, b], 1), lambda a, b: np.concatenate([a, b], 1), ((2, 8, 14, 14), (2, 5, 14, 14))),
+    "matmul": (R.matmul, np.matmul, ((64, 96), (96, 160))),
+    "matmul, primes": (R.matmul, np.matmul, ((13, 31), (31, 197))),
+    "matmul, classes": (R.matmul, np.matmul, ((8, 1280), (1280, 10))),
+    "matmul, one row": (R.matmul, np.matmul, ((1, 64), (64, 1000))),
+    "matmul, batches": (R.matmul, np.matmul, ((2, 3, 197, 64), (2, 3, 64, 197))),
+    "matmul, transposed": (lambda a, b: R.matmul(a, R.permute_dims(b)), lambda a, b: a @ b.T, ((64, 96), (160, 96))),
+    "matmul, then more": (
+        lambda a, b, c, d: R.add(R.nn.relu(R.add(R.matmul(a, b), c)), d),
+        lambda a, b, c, d: np.maximum(a @ b + c, 0) + d,
+        ((64, 96), (96, 160), (160,), (64, 160)),
+    ),
+    "sum of everything": (R.sum, np.sum, ((8, 96, 16, 16),)),
+    "sum of squares": (lambda x: R.sum(R.multiply(x, x)), lambda x: (x * x).sum(), ((1280, 320),)),
+    "sum, prime": (R.sum, np.sum, ((100003,),)),
+    "sum, small": (R.sum, np.sum, ((5, 3),)),
+    "bias": (lambda x: R.sum(x, [0, 2, 3]), lambda x: x.sum((0, 2, 3)), ((8, 24, 14, 14),)),
+    "bias, 7x7": (lambda x: R.sum(x, [0, 2, 3]), lambda x: x.sum((0, 2, 3)), ((8, 24, 7, 7),)),
+    "bias, one image": (lambda x: R.sum(x, [0, 2, 3]), lambda x: x.sum((0, 2, 3)), ((1, 3, 128, 128),)),
+    "bias of linear": (lambda x: R.sum(x, [0]), lambda x: x.sum(0), ((50, 768),)),
+    "bias of tokens": (lambda x: R.sum(x, [0, 1]), lambda x: x.sum((0, 1)), ((4, 197, 10),)),
+    "batch statistics": (lambda x: R.variance(x, [0, 2, 3]), lambda x: x.var((0, 2, 3)), ((8, 24, 14, 14),)),
+    "spatial mean": (lambda x: R.mean(x, [2, 3]), lambda x: x.mean((2, 3)), ((8, 40, 7, 7),)),
+    "softmax": (lambda x: R.nn.softmax(x, -1), lambda x: softmax(x, -1), ((8, 10),)),
+    "softmax, attention": (lambda x: R.nn.softmax(x, -1), lambda x: softmax(x, -1), ((2, 3, 197, 197),)),
+    "softmax, dense": (lambda x: R.nn.log_softmax(x, 1), lambda x: np.log(softmax(x, 1)), ((2, 21, 16, 16),)),
+    "layer norm": (
+        lambda x, s, b: R.nn.layer_norm(x, s, b, [-1]),
+        lambda x, s, b: normalized(x, (-1,)) * s + b,
+        ((4, 65, 192), (192,), (192,)),
+    ),
+    "group norm": (
+        lambda x, s, b: R.nn.group_norm(x, s, b, 4, 1, [2, 3]),
+        lambda x, s, b: normalized(x.reshape(2, 4, -1), (2,)).reshape(x.shape) * s[:, None, None] + b[:, None, None],
+        ((2, 16, 9, 9), (16,), (16,)),
+    ),
+    "largest": (lambda x: R.max(x, [1]), lambda x: x.max(1), ((64, 1000),)),
+    "running sum": (lambda x: R.cumsum(x, 1), lambda x: np.cumsum(x, 1), ((4, 33),)),
+    "position of the largest": (lambda x: R.argmax(x, 1), lambda x: x.argmax(1), ((8, 10),)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_numbers_stay_the_same(name: str) -> None:
+    in_relax, in_numpy, shapes = CASES[name]
+    arrays = [array(*shape) for shape in shapes]
+    (got,) = run(in_relax, *arrays)
+    close(got, np.asarray(in_numpy(*(a.astype("float64") for a in arrays))))
+
+
+def scheduled(make: Callable[..., relax.Expr], *shapes: tuple[int, ...], device: str = "x86-64-v3") -> str:
+    """The scheduled loops of the one kernel that ``make`` becomes."""
+    lowered = builder.lower(module(make, *(array(*s) for s in shapes)), targets.load(device))
+    (kernel,) = [f for f in lowered.functions.values() if isinstance(f, tirx.PrimFunc)]
+    return kernel.script()
+
+
+def test_a_matrix_product_keeps_a_tile_in_registers_and_writes_what_follows_at_once() -> None:
+    text = scheduled(lambda a, b, c: R.nn.relu(R.add(R.matmul(a, b), c)), (64, 96), (96, 160), (160,))
+    assert 'scope="local"' in text
+    assert text.count("T.parallel") == 1
+    assert "T.vectorized(T.int64(8))" in text
+
+
+def test_the_images_of_a_pointwise_convolution_are_rows_of_a_matrix() -> None:
+    text = scheduled(lambda x, w: R.nn.conv2d(x, w), (2, 32, 28, 28), (64, 32, 1, 1))
+    assert text.count("T.parallel") == 1
+    assert "T.int64(784)" in text
+
+
+def test_depthwise_padding_stays_with_its_core() -> None:
+    text = scheduled(lambda x, w: R.nn.conv2d(x, w, padding=1, groups=32), (2, 32, 28, 28), (32, 1, 3, 3))
+    assert text.count("T.parallel") == 1
+
+
+@pytest.mark.parametrize("shape", [(8, 96, 16, 16), (1, 96, 16, 16), (4096,)])
+def test_long_sums_run_in_vectors_on_every_core(shape: tuple[int, ...]) -> None:
+    text = scheduled(R.sum, (16, *shape))
+    assert "T.parallel" in text
+    assert "T.vectorized" in text
+
+
+def test_little_work_stays_on_one_core() -> None:
+    assert "T.parallel" not in scheduled(R.add, (7, 11), (7, 11))
+
+
+def test_what_no_template_fits_keeps_its_loops() -> None:
+    lowered = builder.lower(module(lambda x: R.argsort(x), array(4, 5)), targets.load("host"))
+    kernels = [f for f in lowered.functions.values() if isinstance(f, tirx.PrimFunc)]
+    again = schedules.apply(tvm.IRModule({f"k{i}": k for i, k in enumerate(kernels)}), targets.load("host"))
+    assert len(again.functions) == len(kernels)
+
+
+def test_a_sum_of_everything_with_a_scalar_after_it() -> None:
+    x = np.random.default_rng(0).normal(size=(8, 500)).astype("float32")
+    (got,) = run(lambda v: relax.op.divide(relax.op.sum(v), relax.const(4000.0)), x)
+    close(got, np.asarray(x.sum() / 4000, "float32"))
+
+
+DIMS = st.lists(st.sampled_from([1, 2, 3, 5, 7, 8, 10, 16, 17, 33]), min_size=0, max_size=4)
+
+
+@given(dims=DIMS, data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_any_reduction_with_work_before_and_after(dims: list[int], data: st.DataObject) -> None:
+    """Shapes nobody would choose: scalars, single elements, primes; a product before the sum, arithmetic after it."""
+    axes = data.draw(st.lists(st.sampled_from(range(len(dims))), unique=True)) if dims else []
+    keep = data.draw(st.booleans())
+    x, scale = array(*dims), array(*[d if data.draw(st.booleans()) else 1 for d in dims])
+
+    def make(v: relax.Var, w: relax.Var) -> relax.Expr:
+        total = R.sum(R.multiply(v, w), axes, keepdims=keep) if axes else R.multiply(v, w)
+        return R.subtract(R.multiply(total, relax.const(0.5)), R.exp(R.negative(R.multiply(total, total))))
+
+    total = (x * scale).sum(tuple(axes), keepdims=keep) if axes else x * scale
+    (got,) = run(make, x, scale)
+    close(got, np.asarray(total * 0.5 - np.exp(-total * total), "float32"))

@@ -1,0 +1,414 @@
+"""The command line: each command reads its options, calls one public function and prints what it returns.
+
+Exit codes: 0 done, 1 an error (or ``verify`` beyond its tolerance), 2 wrong usage, 130 interrupted.
+``run`` and ``inspect`` need neither PyTorch nor the compiler: what a command needs is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tvmtrain.console import Console, number, percent
+from tvmtrain.errors import InputError, TvmtrainError
+from tvmtrain.spec import OPTIMIZERS, Optimizer
+
+if TYPE_CHECKING:
+    from tvmtrain.jobs import Job
+    from tvmtrain.training import Run, Settings
+
+LOSSES = ("cross_entropy", "mse", "bce_with_logits")
+INTERRUPTED = 130
+MODEL_HELP = "package.module:factory, path/to/file.py:factory, or a .pt2 or .onnx file"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command returns: its exit code and, for --json, its result."""
+
+    code: int
+    result: dict[str, Any] | list[dict[str, Any]]
+
+
+class UsageError(Exception):
+    """Options that contradict each other."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (by default the process's) and return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    options.argv = arguments
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own internals
+            outcome = options.run(options, Console(sys.stderr if options.json else sys.stdout))
+        if options.json:
+            print(json.dumps(outcome.result, indent=1))
+        return outcome.code
+    except UsageError as error:
+        parser.error(f"{options.command}: {error}")
+    except BrokenPipeError:  # the reader of a pipe, as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        return _report(error)
+
+
+def _report(error: Exception) -> int:
+    """One readable message on standard error."""
+    if os.environ.get("TVMTRAIN_DEBUG") == "1":
+        traceback.print_exception(error)
+    elif isinstance(error, TvmtrainError):
+        print(f"tvmtrain: error: {error}", file=sys.stderr)
+    elif isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in ("torch", "onnx", "sklearn", "tvm"):
+        print(f"tvmtrain: error: this command needs {error.name}: pip install 'tvmtrain[compile]'", file=sys.stderr)
+    else:
+        print(
+            f"tvmtrain: unexpected {type(error).__name__}: {error} (TVMTRAIN_DEBUG=1 shows where)",
+            file=sys.stderr,
+        )
+    return 1
+
+
+# Options.
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tvmtrain", description="Compile the training step of a PyTorch model, and train with it where PyTorch is not."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_quickstart(commands)
+    _add_compile(commands)
+    _add_run(commands)
+    _add_verify(commands)
+    _add_inspect(commands)
+    _add_devices(commands)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace, Console], Outcome], help: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document to standard output, messages to standard error"
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_quickstart(commands: Any) -> None:
+    parser = _command(commands, "quickstart", _quickstart, "fine-tune a small network on real digits, compiled and in PyTorch")
+    parser.add_argument("-o", "--output", type=Path, default=Path("tvmtrain-quickstart"), help="folder (default: %(default)s)")
+
+
+def _add_compile(commands: Any) -> None:
+    parser = _command(commands, "compile", _compile, "compile a model's training step into a folder")
+    _add_job(parser)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the artifact")
+    parser.add_argument("--gradients", action="store_true", help="also compile an entry that returns every gradient")
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--x",
+        action="append",
+        default=[],
+        metavar="SHAPE[,DTYPE]",
+        help="an input's shape, batch first: 8x3x96x96 or 8x128,int64",
+    )
+    parser.add_argument("--batch", type=_positive, help="batch size, if another than the example's")
+    parser.add_argument("--loss", choices=LOSSES, default="cross_entropy", help="(default: %(default)s)")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--train", action="store_const", const=True, dest="training", help="trace the model in training mode")
+    mode.add_argument("--eval", action="store_const", const=False, dest="training", help="trace it in evaluation mode")
+    optimizer = parser.add_argument_group("optimizer")
+    optimizer.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="(default: %(default)s)")
+    optimizer.add_argument("--lr", type=float, help="learning rate when a step is not given one")
+    optimizer.add_argument("--momentum", type=float, help="of sgd")
+    optimizer.add_argument("--nesterov", action="store_true", default=None, help="of sgd")
+    optimizer.add_argument("--weight-decay", type=float)
+    optimizer.add_argument("--clip-norm", type=float, help="bound of the norm of all gradients together")
+    parser.add_argument("--device", default="host", help="a name from `tvmtrain devices` (default: %(default)s)")
+    parser.add_argument("--plan", type=Path, help="update plan (TOML): what is trained")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights and Dropout (default: %(default)s)")
+
+
+def _add_run(commands: Any) -> None:
+    parser = _command(commands, "run", _run, "train or evaluate a compiled step on data")
+    parser.add_argument("artifact", metavar="ARTIFACT", type=Path, help="folder that `tvmtrain compile` wrote")
+    _add_data(parser)
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--epochs", type=_positive, default=1, help="from the very first step, before a resume too (default: 1)"
+    )
+    training.add_argument("--lr", type=float, help="learning rate (default: the artifact's)")
+    training.add_argument(
+        "--schedule", choices=("constant", "cosine", "step"), default="constant", help="(default: %(default)s)"
+    )
+    training.add_argument(
+        "--step-size", type=_positive, default=1, help="epochs between two drops of --schedule step (default: 1)"
+    )
+    training.add_argument("--gamma", type=float, default=0.1, help="factor of a drop (default: %(default)s)")
+    training.add_argument("--warmup", type=_whole, default=0, help="steps until the full rate is reached (default: 0)")
+    training.add_argument("--shuffle", action="store_true", help="another order in every epoch")
+    training.add_argument("--seed", type=_whole, default=0, help="of that order (default: 0)")
+    training.add_argument("--eval", action="store_true", help="evaluate only")
+    files = parser.add_argument_group("files")
+    files.add_argument("--save", type=Path, metavar="FILE", help="checkpoint, written after every epoch")
+    files.add_argument("--save-every", type=_positive, default=0, metavar="N", help="and every N steps")
+    files.add_argument("--resume", type=Path, metavar="FILE", help="go on from this checkpoint, in the middle of an epoch too")
+    files.add_argument(
+        "--weights", type=Path, metavar="FILE", help="write the final weights under PyTorch's names (safetensors)"
+    )
+    parser.add_argument("--threads", type=_positive, help="threads to compute with (default: all physical cores)")
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", type=Path, required=True, help="an .npz file with x and y, or a folder of images per class")
+    data.add_argument("--eval-data", type=Path, help="evaluate on this (default: x_test and y_test, or test/, of --data)")
+    data.add_argument("--keys", metavar="x=NAME,y=NAME", type=_names, default={}, help="names of arrays in the .npz file")
+    data.add_argument(
+        "--mean", type=_numbers, default=(0.0,), help="subtracted from inputs (images: 0..1), one number per channel or one"
+    )
+    data.add_argument("--std", type=_numbers, default=(1.0,), help="inputs are divided by it after that")
+    data.add_argument("--limit", type=_positive, metavar="N", help="use N samples, evenly spread, of each set")
+
+
+def _add_verify(commands: Any) -> None:
+    parser = _command(commands, "verify", _verify, "compare a model's compiled step with PyTorch")
+    _add_job(parser)
+    parser.add_argument("--steps", type=_positive, default=20, help="training steps to compare (default: %(default)s)")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-3, help="relative to a tensor's largest value (default: %(default)s)"
+    )
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _command(commands, "inspect", _inspect, "show what a compiled step is")
+    parser.add_argument("artifact", metavar="ARTIFACT", type=Path, help="folder that `tvmtrain compile` wrote, for any machine")
+
+
+def _add_devices(commands: Any) -> None:
+    _command(commands, "devices", _devices, "list the devices to compile for")
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, wanted 1 or more")
+    return value
+
+
+def _whole(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"got {text}, wanted 0 or more")
+    return value
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted numbers with commas between: 0.485,0.456,0.406") from error
+
+
+def _names(text: str) -> dict[str, str]:
+    pairs = [part.split("=") for part in text.split(",")]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted as in x=images,y=labels")
+    return dict(pairs)
+
+
+# compile
+
+
+def _compile(options: argparse.Namespace, out: Console) -> Outcome:
+    from tvmtrain import jobs
+
+    compiled = jobs.compile_model(_job(options), options.output, out)
+    inputs = ", ".join(f"{name} {what}" for name, what in compiled.inputs.items())
+    out.line(f"{options.output}: {compiled.trained:,} of {compiled.parameters:,} parameters trained, {inputs}", style="bold")
+    out.line(f"next: tvmtrain run {shlex.quote(str(options.output))} --data DATA.npz --epochs 5 --save NOW.safetensors")
+    return Outcome(0, compiled.to_dict())
+
+
+def _job(options: argparse.Namespace) -> Job:
+    from tvmtrain import jobs
+
+    try:
+        return jobs.Job(
+            model=options.model,
+            examples=tuple(jobs.Example.parse(text) for text in options.x),
+            batch=options.batch,
+            loss=options.loss,
+            optimizer=_optimizer(options),
+            device=options.device,
+            plan=options.plan,
+            training=options.training,
+            seed=options.seed,
+            gradients=getattr(options, "gradients", False),
+        )
+    except TvmtrainError:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _optimizer(options: argparse.Namespace) -> Optimizer:
+    kind = OPTIMIZERS[options.optimizer]
+    names = ("lr", "momentum", "nesterov", "weight_decay", "clip_norm")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    known = {f.name for f in fields(kind)}
+    if wrong := [f"--{name.replace('_', '-')}" for name in given if name not in known]:
+        raise UsageError(f"{', '.join(wrong)}: not an option of --optimizer {options.optimizer}")
+    return kind(**given)
+
+
+# run
+
+
+def _run(options: argparse.Namespace, out: Console) -> Outcome:
+    from tvmtrain import data, runtime, training
+
+    step = runtime.load(options.artifact, options.threads)
+    normalization = data.Normalization(options.mean, options.std)
+    samples = data.load(options.data, step.manifest, keys=options.keys, normalization=normalization)
+    samples = _with_evaluation(samples, options, step.manifest, normalization).limited(options.limit)
+    if options.resume is not None:
+        step.restore(options.resume)
+    if options.eval:
+        return _evaluate_only(step, samples, out)
+    if samples.train is None:
+        raise InputError(f"{options.data}: holds test samples only; add --eval, or give samples to train on")
+    _say_start(options, step, samples, out)
+    run = training.fit(step, samples.train, samples.test, _settings(options, step.manifest.lr), out)
+    if options.weights is not None:
+        training.export_weights(step, options.weights)
+    _say_end(options, run, out)
+    return Outcome(INTERRUPTED if run.interrupted else 0, run.to_dict())
+
+
+def _with_evaluation(samples: Any, options: argparse.Namespace, manifest: Any, normalization: Any) -> Any:
+    """The samples with those of --eval-data to evaluate on."""
+    from tvmtrain import data
+
+    if options.eval_data is None:
+        return samples
+    other = data.load(options.eval_data, manifest, keys=options.keys, normalization=normalization)
+    if samples.classes and other.classes and samples.classes != other.classes:
+        raise InputError(f"{options.eval_data}: classes {other.classes} are not those of {options.data}: {samples.classes}")
+    return data.Data(samples.train, other.evaluation, samples.classes)
+
+
+def _evaluate_only(step: Any, samples: Any, out: Console) -> Outcome:
+    from tvmtrain import training
+
+    score = training.evaluate(step, samples.evaluation, out)
+    if score is None:
+        return Outcome(INTERRUPTED, {"interrupted": True})
+    out.line(training.score_line(score), style="bold")
+    return Outcome(0, {"steps": step.steps, "loss": score.loss, "accuracy": score.accuracy, "samples": score.count})
+
+
+def _settings(options: argparse.Namespace, lr: float) -> Settings:
+    from tvmtrain import training
+
+    return training.Settings(
+        epochs=options.epochs,
+        rate=training.Rate(
+            options.lr if options.lr is not None else lr, options.schedule, options.step_size, options.gamma, options.warmup
+        ),
+        shuffle=options.shuffle,
+        seed=options.seed,
+        save=options.save,
+        save_every=options.save_every,
+        rescue=options.artifact / "interrupted.safetensors",
+    )
+
+
+def _say_start(options: argparse.Namespace, step: Any, samples: Any, out: Console) -> None:
+    test = f", {len(samples.test)} to evaluate on" if samples.test is not None else ""
+    out.line(f"{len(samples.train)} samples to train on{test}; batches of {step.manifest.batch}")
+    if step.steps:
+        out.line(f"resumed after step {step.steps}")
+    if options.save is None and options.weights is None:
+        out.line(
+            "the trained weights will not be kept: add --save FILE (checkpoint) or --weights FILE (for PyTorch)", style="yellow"
+        )
+
+
+def _say_end(options: argparse.Namespace, run: Run, out: Console) -> None:
+    if run.interrupted:
+        out.line(f"interrupted after step {run.steps}; saved to {run.saved}", style="bold")
+        out.line(f"go on with: {_resume_command(options, str(run.saved))}")
+        return
+    if run.loss is not None:
+        accuracy = "" if run.accuracy is None else f", accuracy {percent(run.accuracy)}"
+        time = "" if run.ms_per_step is None else f", {run.ms_per_step:.1f} ms per step"
+        out.line(f"loss {number(run.loss)}{accuracy}{time}", style="bold")
+    for path in (run.saved, options.weights):
+        if path is not None:
+            out.line(f"saved to {path}")
+
+
+def _resume_command(options: argparse.Namespace, saved: str) -> str:
+    """The command of this run with --resume set to ``saved``."""
+    words = list(options.argv)
+    if "--resume" in words:
+        at = words.index("--resume")
+        del words[at : at + 2]
+    words = [word for word in words if not word.startswith("--resume=")]
+    return shlex.join(["tvmtrain", *words, "--resume", saved])
+
+
+# verify, inspect, devices, quickstart
+
+
+def _verify(options: argparse.Namespace, out: Console) -> Outcome:
+    from tvmtrain import verify
+
+    report = verify.verify_job(_job(options), steps=options.steps, tolerance=options.tolerance, out=out)
+    verify.show(report, out)
+    return Outcome(0 if report.passed else 1, report.to_dict())
+
+
+def _inspect(options: argparse.Namespace, out: Console) -> Outcome:
+    from tvmtrain import describe
+
+    description = describe.describe(options.artifact)
+    describe.show(description, out)
+    return Outcome(0, description.to_dict())
+
+
+def _devices(options: argparse.Namespace, out: Console) -> Outcome:
+    from tvmtrain import describe
+
+    found = describe.devices()
+    rows = [(d.name, d.description, d.arch, str(d.cores), "yes" if d.buildable else "no") for d in found]
+    out.table(("name", "device", "processor", ">cores", "built here"), rows)
+    return Outcome(0, [device.to_dict() for device in found])
+
+
+def _quickstart(options: argparse.Namespace, out: Console) -> Outcome:
+    from tvmtrain import quickstart
+
+    result = quickstart.quickstart(options.output, out)
+    quickstart.show(result, out)
+    return Outcome(0, result.to_dict())

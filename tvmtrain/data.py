@@ -1,0 +1,322 @@
+"""Samples for a compiled step: an .npz file, or a folder of images per class. NumPy; PIL for image files only.
+
+Samples stay as they are stored (images as bytes) until their batch is asked for. What happens then, in this order, so that
+another program can do the same: channels first; uint8 / 255; resized to the compiled height and width, if it differs, by
+``resize``; (x - mean) / std.
+"""
+
+from __future__ import annotations
+
+import functools
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tvmtrain.artifact import Manifest, TensorSpec
+from tvmtrain.errors import InputError
+
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+TRAIN_FOLDERS = ("train", "training")
+TEST_FOLDERS = ("test", "val", "validation", "valid")
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """(x - mean) / std of images scaled to 0..1; one number, or one per channel."""
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        if any(not s > 0 for s in self.std):
+            raise InputError(f"std is {self.std}; want positive numbers")
+
+    def check(self, channels: int) -> None:
+        """Raise ``InputError`` unless there is one number, or one per channel."""
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, channels):
+                raise InputError(f"{name} has {len(values)} numbers; want 1, or {channels}, one per channel")
+
+    def apply(self, x: np.ndarray) -> np.ndarray:
+        """``x`` float32 [N, C, ...]."""
+        if self == Normalization():
+            return x
+        mean, std = (np.array(v, "float32").reshape(-1, *(1,) * (x.ndim - 2)) for v in (self.mean, self.std))
+        return (x - mean) / std
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Samples as they are stored; ``batch`` gives them as the compiled step takes them.
+
+    ``inputs`` and ``targets`` have one array for each input and target of the step, of ``specs``; all are equally long.
+    """
+
+    inputs: tuple[np.ndarray, ...]
+    targets: tuple[np.ndarray, ...]
+    specs: tuple[TensorSpec, ...]
+    normalization: Normalization = field(default_factory=Normalization)
+
+    def __len__(self) -> int:
+        return len(self.targets[0])
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+        """(inputs, targets) of the samples ``indices``."""
+        rows = np.asarray(indices)
+        pairs = zip((*self.inputs, *self.targets), self.specs, strict=True)
+        ready = [prepare(array[rows], spec, self.normalization) for array, spec in pairs]
+        return tuple(ready[: len(self.inputs)]), tuple(ready[len(self.inputs) :])
+
+    def limited(self, count: int | None) -> Dataset:
+        """``count`` samples, evenly spread over all (sample i is number i * len // count), so that sorted classes all occur."""
+        if count is None or count >= len(self):
+            return self
+        rows = np.arange(count) * len(self) // count
+        return Dataset(
+            tuple(a[rows] for a in self.inputs), tuple(a[rows] for a in self.targets), self.specs, self.normalization
+        )
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a file or folder holds: samples to train on, samples to evaluate on, either possibly None; names of classes."""
+
+    train: Dataset | None
+    test: Dataset | None
+    classes: tuple[str, ...] = ()
+
+    @property
+    def evaluation(self) -> Dataset | None:
+        """The test samples, or all there are where a file holds one set only."""
+        return self.test if self.test is not None else self.train
+
+    def limited(self, count: int | None) -> Data:
+        """At most ``count`` samples of each."""
+        train, test = (part.limited(count) if part is not None else None for part in (self.train, self.test))
+        return Data(train, test, self.classes)
+
+
+def load(
+    path: str | Path, manifest: Manifest, *, keys: Mapping[str, str] | None = None, normalization: Normalization | None = None
+) -> Data:
+    """The samples in ``path`` for the step of ``manifest``.
+
+    An .npz has, for an input named x and a target y, x and y (or x_train and y_train), and x_test and y_test to evaluate on;
+    ``keys`` maps these names to others. A folder has one folder of images per class, sorted by name, or train/ and test/ of
+    such. Raises ``InputError`` for what is missing or does not fit the step.
+    """
+    path, normalization = Path(path), normalization or Normalization()
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    specs = tuple(spec for spec in manifest.named["train_step"].inputs if spec.role in ("input", "target"))
+    found = _read_folder(path, specs, manifest) if path.is_dir() else _read_npz(path, specs, keys or {})
+    train, test = (_dataset(part, specs, normalization, path) for part in (found.train, found.test))
+    data = Data(train, test, found.classes)
+    if data.evaluation is None:
+        raise InputError(f"{path}: no samples in it")
+    return data
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Arrays in the order of the step's inputs and targets."""
+
+    train: tuple[np.ndarray, ...]
+    test: tuple[np.ndarray, ...]
+    classes: tuple[str, ...] = ()
+
+
+def _dataset(
+    arrays: tuple[np.ndarray, ...], specs: tuple[TensorSpec, ...], normalization: Normalization, path: Path
+) -> Dataset | None:
+    """Checked on its first sample, so that a wrong shape is told before training starts."""
+    if not arrays:
+        return None
+    counts = {spec.name: len(array) if array.ndim else 0 for spec, array in zip(specs, arrays, strict=True)}
+    if len(set(counts.values())) != 1 or 0 in counts.values():
+        raise InputError(f"{path}: numbers of samples are {counts}; want one number for all, and at least 1")
+    inputs = sum(spec.role == "input" for spec in specs)
+    dataset = Dataset(arrays[:inputs], arrays[inputs:], specs, normalization)
+    try:
+        dataset.batch([0])
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return dataset
+
+
+# .npz files.
+
+
+def _read_npz(path: Path, specs: Sequence[TensorSpec], keys: Mapping[str, str]) -> _Found:
+    try:
+        stored = np.load(path, allow_pickle=False)
+        if isinstance(stored, np.ndarray):
+            raise InputError(
+                f"{path}: one .npy array; want an .npz with {_wanted(specs)}: numpy.savez(path, x=images, y=labels)"
+            )
+        with stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except InputError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path}: not a readable .npz file of plain arrays: {error}") from error
+    unknown = {name for name in keys.values() if name not in arrays}
+    if unknown:
+        raise InputError(f"{path}: no array named {', '.join(sorted(unknown))}; it holds {', '.join(arrays)}")
+    named = {name: array for name, array in arrays.items() if name not in keys} | {k: arrays[v] for k, v in keys.items()}
+    train = _select(named, specs, ("_train", "")) or ()
+    test = _select(named, specs, ("_test", "_val")) or ()
+    if not train and not test:
+        raise InputError(f"{path}: holds {', '.join(arrays) or 'nothing'}; want {_wanted(specs)}, or name them with --keys")
+    return _Found(train, test, tuple(map(str, named.get("class_names", ()))))
+
+
+def _select(
+    arrays: Mapping[str, np.ndarray], specs: Sequence[TensorSpec], endings: Iterable[str]
+) -> tuple[np.ndarray, ...] | None:
+    """One array for each of ``specs``, all with the first ending that gives them all."""
+    for ending in endings:
+        names = [spec.name + ending for spec in specs]
+        if all(name in arrays for name in names):
+            return tuple(arrays[name] for name in names)
+    return None
+
+
+def _wanted(specs: Sequence[TensorSpec]) -> str:
+    names = [spec.name for spec in specs]
+    return f"{' and '.join(names)} (or {' and '.join(f'{n}_train' for n in names)}, {' and '.join(f'{n}_test' for n in names)})"
+
+
+# Folders of images.
+
+
+def _read_folder(path: Path, specs: Sequence[TensorSpec], manifest: Manifest) -> _Found:
+    if len(specs) != 2 or len(specs[0].shape) != 4 or manifest.loss.name != "cross_entropy" or len(specs[1].shape) != 1:
+        raise InputError(f"{path}: a folder of images is for models that take one image and give its class; use an .npz file")
+    train = _first_folder(path, TRAIN_FOLDERS)
+    test = _first_folder(path, TEST_FOLDERS)
+    if train is None and test is None:
+        train = path
+    classes = _classes(train or test or path, manifest)
+    parts = [_read_images(part, classes, specs[0]) if part is not None else () for part in (train, test)]
+    return _Found(parts[0], parts[1], classes)
+
+
+def _first_folder(path: Path, names: Iterable[str]) -> Path | None:
+    """A split: a folder of one of ``names`` that itself holds folders."""
+    places = (path / name for name in names)
+    return next((p for p in places if p.is_dir() and any(child.is_dir() for child in p.iterdir())), None)
+
+
+def _classes(path: Path, manifest: Manifest) -> tuple[str, ...]:
+    classes = tuple(sorted(child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")))
+    if not classes or (manifest.loss.classes is not None and len(classes) > manifest.loss.classes):
+        raise InputError(f"{path}: {len(classes)} folders, one per class; the model has {manifest.loss.classes} classes")
+    return classes
+
+
+def _read_images(path: Path, classes: Sequence[str], spec: TensorSpec) -> tuple[np.ndarray, ...]:
+    """(bytes [N, H, W, C] of the compiled size, class numbers [N])."""
+    files = [(file, number) for number, name in enumerate(classes) for file in _files(path / name)]
+    if not files:
+        raise InputError(f"{path}: no images ({', '.join(IMAGES)}) in the folders {', '.join(classes[:5])}")
+    if unknown := sorted(child.name for child in path.iterdir() if child.is_dir() and child.name not in classes):
+        raise InputError(f"{path}: folders {', '.join(unknown[:5])} are no classes of the training set")
+    _, channels, height, width = spec.shape
+    images = np.empty((len(files), height, width, channels), "uint8")
+    for i, (file, _) in enumerate(files):
+        images[i] = _read_image(file, channels, height, width)
+    return images, np.array([number for _, number in files], "int64")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGES) if folder.is_dir() else []
+
+
+def _read_image(file: Path, channels: int, height: int, width: int) -> np.ndarray:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise InputError("image files need Pillow: pip install pillow, or store the images in an .npz file") from error
+    modes = {1: "L", 3: "RGB", 4: "RGBA"}
+    if channels not in modes:
+        raise InputError(f"the model takes {channels} channels; image files have 1, 3 or 4: use an .npz file")
+    try:
+        with Image.open(file) as image:
+            small = image.convert(modes[channels]).resize((width, height), Image.Resampling.BILINEAR)
+    except OSError as error:
+        raise InputError(f"{file}: not a readable image: {error}") from error
+    return np.asarray(small).reshape(height, width, channels)
+
+
+# From stored samples to what the step takes.
+
+
+def prepare(samples: np.ndarray, spec: TensorSpec, normalization: Normalization) -> np.ndarray:
+    """``samples`` as the input or target ``spec``; raises ``InputError`` for what cannot be made to fit."""
+    if spec.role == "target":
+        one_column = samples.ndim == 2 and samples.shape[1] == 1 and len(spec.shape) == 1
+        return samples[:, 0] if one_column else samples
+    if np.dtype(spec.dtype).kind != "f":
+        return samples
+    x = _channels_first(samples, spec)
+    if samples.dtype == np.uint8:
+        x = x.astype("float32") / np.float32(255)
+    if x.dtype.kind != "f":
+        raise InputError(f"{spec.name!r} has dtype {samples.dtype}; want uint8 images, or floats")
+    x = x.astype("float32", copy=False)
+    if len(spec.shape) == 4:
+        x = resize(x, *spec.shape[2:])
+    if x.shape[1:] != spec.shape[1:]:
+        raise InputError(f"{spec.name!r} has samples of shape {samples.shape[1:]}; want {spec.shape[1:]}")
+    if x.ndim > 1:
+        normalization.check(x.shape[1])
+    return np.ascontiguousarray(normalization.apply(x))
+
+
+def _channels_first(samples: np.ndarray, spec: TensorSpec) -> np.ndarray:
+    """Images [N, H, W, C] or [N, H, W] as [N, C, H, W]; what fits already stays."""
+    if len(spec.shape) != 4 or samples.shape[1:] == spec.shape[1:]:
+        return samples
+    channels = spec.shape[1]
+    if samples.ndim == 3 and channels == 1:
+        return samples[:, None]
+    # Bytes are how image files are stored, with channels last; floats are how models take them.
+    last_wins = samples.dtype == np.uint8
+    first, last = samples.ndim == 4 and samples.shape[1] == channels, samples.ndim == 4 and samples.shape[-1] == channels
+    if last and (last_wins or not first):
+        return samples.transpose(0, 3, 1, 2)
+    if not first:
+        raise InputError(
+            f"{spec.name!r} has samples of shape {samples.shape[1:]}; want {channels} channel(s), first or last: "
+            f"{spec.shape[1:]}, or another height and width"
+        )
+    return samples
+
+
+def resize(x: np.ndarray, height: int, width: int) -> np.ndarray:
+    """``x`` [N, C, H, W] float32 by bilinear interpolation, with a wider filter where it shrinks.
+
+    As Pillow's BILINEAR, and torch's ``interpolate(mode="bilinear", antialias=True)``.
+    """
+    if x.shape[2] != height:
+        x = np.matmul(_weights(x.shape[2], height), x)
+    if x.shape[3] != width:
+        x = np.matmul(x, _weights(x.shape[3], width).T)
+    return x
+
+
+@functools.lru_cache(maxsize=16)
+def _weights(old: int, new: int) -> np.ndarray:
+    """[new, old]: how much of each old pixel is in each new one: a triangle around the new pixel's centre."""
+    scale = old / new
+    support = max(scale, 1.0)
+    centers = (np.arange(new) + 0.5) * scale
+    distance = np.abs(np.arange(old) + 0.5 - centers[:, None]) / support
+    weights: Any = np.maximum(1 - distance, 0)
+    return (weights / weights.sum(1, keepdims=True)).astype("float32")

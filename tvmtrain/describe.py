@@ -1,0 +1,198 @@
+"""What an artifact is, and what there is to compile for; nothing native is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tvmtrain import artifact, console
+from tvmtrain.artifact import Entry, Manifest, TensorSpec
+from tvmtrain.errors import TvmtrainError
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """Parameters and buffers of one module, by their names in it; a step changes ``trained`` and leaves ``frozen`` alone.
+
+    ``parameters`` counts numbers, not tensors.
+    """
+
+    name: str
+    shapes: dict[str, str]
+    trained: tuple[str, ...]
+    frozen: tuple[str, ...]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """An artifact for people and for JSON. ``files`` and ``memory`` (by role) are in bytes."""
+
+    folder: str
+    device: dict[str, Any]
+    runs_here: bool
+    versions: dict[str, str]
+    batch: int
+    loss: dict[str, Any]
+    optimizer: dict[str, Any]
+    lr: float
+    plan: str | None
+    entries: dict[str, dict[str, list[str]]]
+    layers: tuple[LayerState, ...]
+    parameters: int
+    trained: int
+    tied: dict[str, str]
+    memory: dict[str, Any]
+    files: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def describe(folder: str | Path) -> Description:
+    """What lies in ``folder``, for whatever machine it was compiled. Raises ``ArtifactError`` for damaged files."""
+    stored = artifact.read(folder, foreign=True)
+    manifest = stored.manifest
+    counts = {name: int(np.prod(spec.shape)) for name, spec in manifest.state.items() if spec.role == "parameter"}
+    return Description(
+        folder=str(folder),
+        device=dict(manifest.device),
+        runs_here=_runs_here(manifest),
+        versions=dict(manifest.versions),
+        batch=manifest.batch,
+        loss=asdict(manifest.loss),
+        optimizer=dict(manifest.optimizer),
+        lr=manifest.lr,
+        plan=manifest.plan,
+        entries={entry.name: _entry(entry) for entry in manifest.entries},
+        layers=tuple(_layers(manifest)),
+        parameters=sum(counts.values()),
+        trained=sum(counts[name] for name in manifest.trained),
+        tied=dict(manifest.aliases),
+        memory=dict(manifest.memory),
+        files={path.name: path.stat().st_size for path in sorted(Path(folder).iterdir()) if path.is_file()},
+    )
+
+
+def show(description: Description, out: console.Console) -> None:
+    """Print ``description``."""
+    d = description
+    device = f"{d.device.get('name', '?')} ({d.device.get('arch', '?')}, {d.device.get('cores', '?')} cores)"
+    optimizer = ", ".join(
+        f"{key} {value}" for key, value in d.optimizer.items() if value not in (None, False, "") and key != "kind"
+    )
+    loss = ", ".join(f"{key} {value}" for key, value in d.loss.items() if value is not None and key != "name")
+    facts = {
+        "device": device + ("" if d.runs_here else "; not this machine"),
+        "made by": ", ".join(f"{name} {version}" for name, version in d.versions.items()),
+        "loss": f"{d.loss['name']}" + (f" ({loss})" if loss else ""),
+        "optimizer": f"{d.optimizer.get('kind', '?')} ({optimizer})",
+        "batch": str(d.batch),
+        "parameters": f"{d.parameters:,}, {d.trained:,} trained",
+        "memory": ", ".join(f"{role} {_amount(value)}" for role, value in d.memory.items()),
+        "files": ", ".join(f"{name} {console.size(count)}" for name, count in d.files.items()),
+        "plan": "none: what requires a gradient is trained" if d.plan is None else "plan.toml",
+    }
+    out.line(d.folder, style="bold")
+    for name, value in facts.items():
+        out.line(f"  {name:<12}{value}")
+    rows = [(name, "  ".join(e["inputs"]), "  ".join(e["outputs"])) for name, e in d.entries.items()]
+    out.table(("entry", "takes", "returns"), rows)
+    out.table(("layer", ">parameters", "shapes", "trained"), [_layer_row(layer) for layer in d.layers])
+
+
+def _layer_row(layer: LayerState) -> tuple[str, ...]:
+    trained = "yes" if not layer.frozen else ", ".join(layer.trained) or "frozen"
+    shapes = "  ".join(f"{name} {what}" for name, what in layer.shapes.items())
+    return layer.name or "(model)", f"{layer.parameters:,}", shapes, trained if layer.parameters else "-"
+
+
+def _amount(value: Any) -> str:
+    return console.size(value) if isinstance(value, (int, float)) else str(value)
+
+
+def _entry(entry: Entry) -> dict[str, list[str]]:
+    """Data by name, state by count."""
+    return {"inputs": _ports(entry.inputs), "outputs": _ports(entry.outputs)}
+
+
+def _ports(specs: Sequence[TensorSpec]) -> list[str]:
+    counted: dict[str, int] = {}
+    listed = []
+    for spec in specs:
+        if spec.role in (*artifact.STATE_ROLES, "gradient"):
+            counted[spec.role] = counted.get(spec.role, 0) + 1
+        else:
+            listed.append(f"{spec.name} {console.shape(spec.shape)} {spec.dtype}")
+    return listed + [f"{count} {role}" for role, count in counted.items()]
+
+
+def _layers(manifest: Manifest) -> list[LayerState]:
+    """Modules in the order of their names in the state."""
+    groups: dict[str, list[TensorSpec]] = {}
+    for name, spec in manifest.state.items():
+        if spec.role in artifact.MODEL_ROLES:
+            groups.setdefault(name.rpartition(".")[0], []).append(spec)
+    return [_layer(name, specs, manifest) for name, specs in groups.items()]
+
+
+def _layer(name: str, specs: Sequence[TensorSpec], manifest: Manifest) -> LayerState:
+    own = {spec.name: spec.name.rpartition(".")[2] for spec in specs}
+    parameters = [spec for spec in specs if spec.role == "parameter"]
+    return LayerState(
+        name=name,
+        shapes={own[spec.name]: console.shape(spec.shape) for spec in specs},
+        trained=tuple(own[spec.name] for spec in parameters if spec.name in manifest.trained),
+        frozen=tuple(own[spec.name] for spec in parameters if spec.name not in manifest.trained),
+        parameters=sum(int(np.prod(spec.shape)) for spec in parameters),
+    )
+
+
+def _runs_here(manifest: Manifest) -> bool:
+    try:
+        artifact.check_machine(manifest)
+    except TvmtrainError:
+        return False
+    return True
+
+
+# Devices.
+
+
+@dataclass(frozen=True)
+class DeviceLine:
+    """One device that there is a file for; ``buildable``: this machine can compile and link for it."""
+
+    name: str
+    description: str
+    arch: str
+    cores: int
+    buildable: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def devices() -> tuple[DeviceLine, ...]:
+    """All devices in ``targets/``, those that this machine can build for first."""
+    from tvmtrain import targets
+
+    has_compiler = importlib.util.find_spec("tvm.relax") is not None and os.environ.get("TVM_USE_RUNTIME_LIB") != "1"
+    lines = []
+    for name in targets.names():
+        if name == "host" and not has_compiler:
+            lines.append(DeviceLine(name, "this machine", artifact.machine(), os.cpu_count() or 1, False))
+            continue
+        device = targets.load(name)
+        # Another processor's code can be generated here, but linking it takes that processor's linker.
+        buildable = has_compiler and device.arch == artifact.machine()
+        lines.append(DeviceLine(name, device.description, device.arch, device.cores, buildable))
+    return tuple(sorted(lines, key=lambda line: (not line.buildable, line.name)))

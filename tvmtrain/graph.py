@@ -1,0 +1,121 @@
+"""TrainGraph: a model's training step in Relax, before it is compiled for a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from tvmtrain import autodiff, importer, passes, signature
+from tvmtrain.artifact import Entry, LossSpec
+from tvmtrain.converters.base import unsupported
+from tvmtrain.errors import PlanError
+from tvmtrain.spec import SGD, Layer, LayerUpdate, Optimizer, UpdatePlan
+
+
+@dataclass(frozen=True)
+class TrainGraph:
+    """The training step of a model: what ``trace`` gives, what ``apply`` rewrites and what ``build`` compiles."""
+
+    imported: importer.Imported
+    optimizer: Optimizer
+    trained: tuple[str, ...]
+    seed: int = 0
+    plan: UpdatePlan | None = None
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Every module with parameters of its own, in the order in which the model uses them."""
+        return self.imported.layers
+
+    @property
+    def loss(self) -> LossSpec:
+        return self.imported.loss
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """PyTorch names of all parameters, trained or not."""
+        return self.imported.parameters
+
+    def apply(self, plan: UpdatePlan) -> TrainGraph:
+        """A new graph that trains what ``plan`` names; this one is unchanged. Unknown layers: PlanError with near matches."""
+        plan.check(self.layers)
+        trained = {name for layer in self.layers for name in _trained_of(layer, plan.layers.get(layer.name))}
+        if not trained:
+            raise PlanError("update plan: it trains nothing; name at least one layer with weight > 0 or bias = true")
+        ordered = _trainable(self.imported, [name for name in self.imported.state if name in trained])
+        return replace(self, trained=ordered, plan=plan)
+
+    def module(self, *, gradients: bool = False) -> tvm.IRModule:
+        """The functions ``train_step``, ``predict`` and ``loss``; with ``gradients``, an entry that returns them, too."""
+        return passes.pipeline(self.trained, self.optimizer, gradients=gradients)(self.imported.module)
+
+    def entries(self, module: tvm.IRModule) -> tuple[Entry, ...]:
+        """What the functions of ``module`` take and return."""
+        functions = {v.name_hint: f for v, f in module.functions.items() if isinstance(f, relax.Function)}
+        return tuple(signature.entry(name, function) for name, function in sorted(functions.items()))
+
+    def state(self, entries: Iterable[Entry]) -> dict[str, np.ndarray]:
+        """Initial values of every parameter, buffer, optimizer and random state tensor."""
+        values = dict(self.imported.state)
+        for tensor in (t for entry in entries for t in entry.inputs):
+            if tensor.role == "optimizer":
+                values[tensor.name] = np.zeros(tensor.shape, tensor.dtype)
+            elif tensor.role == "random":
+                values[tensor.name] = np.array([self.seed, 0], "int64")
+        return values
+
+
+def trace(
+    model: Any, x: Any, y: Any, *, loss: importer.Loss = "cross_entropy", optimizer: Optimizer | None = None, seed: int = 0
+) -> TrainGraph:
+    """The training step of ``model`` for batches shaped like the examples ``x`` and ``y``.
+
+    model: an nn.Module, an ExportedProgram, or a path to a .pt2 or .onnx file. What has ``requires_grad`` is trained; each
+    module's own ``training`` flag decides its BatchNorm and Dropout.
+    x, y: example tensors, or tuples of them; their shapes are the compiled ones.
+    loss: "cross_entropy", "mse", "bce_with_logits", or a PyTorch callable (output, target) -> scalar.
+    seed: of the random numbers of Dropout and stochastic depth.
+    Raises ModelError, and UnsupportedOperatorError with every operator that cannot be trained.
+    """
+    imported = importer.import_model(model, x, y, loss)
+    trained = _trainable(imported, imported.trainable)
+    return TrainGraph(imported, optimizer if optimizer is not None else SGD(), trained, seed)
+
+
+def _trained_of(layer: Layer, update: LayerUpdate | None) -> list[str]:
+    if update is None:
+        return []
+    if update.filter is not None or update.weight not in (0.0, 1.0):
+        raise PlanError(
+            f"update plan, layer {layer.name!r}: shares of channels and gradient filtering are not available in this version; "
+            "use weight = 0 or 1 and no filter"
+        )
+    weights = [name for name in layer.parameters if not name.endswith("bias")]
+    biases = [name for name in layer.parameters if name.endswith("bias")]
+    return (weights if update.weight else []) + (biases if update.bias else [])
+
+
+def _trainable(imported: importer.Imported, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of ``names`` that the loss depends on; PyTorch's optimizers skip the others, weight decay and all.
+
+    Raises one error for all operators without a gradient rule on the way from them to the loss.
+    """
+    if not names:
+        raise PlanError("nothing to train: no parameter of this model has requires_grad")
+    forward = imported.module["forward"]
+    reaching = autodiff.reaching(forward)
+    trained = tuple(name for name in names if name in reaching)
+    if not trained:
+        raise PlanError(f"nothing to train: the loss does not depend on {', '.join(names[:5])}")
+    missing = [imported.places[var] for var in autodiff.without_rule(forward, set(trained)) if var in imported.places]
+    if missing:
+        raise unsupported("differentiated", missing)
+    return trained
+
+
+__all__ = ["TrainGraph", "trace"]

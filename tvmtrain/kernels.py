@@ -1,0 +1,402 @@
+"""How the operators of a training step become loops, where Relax has no kernel or not a good one.
+
+Convolutions are written so that the loop over which a vector runs is contiguous: strided inputs are de-interleaved while they are
+padded, rows are padded to whole vectors, and of operands that must be read across their rows a transposed copy is made. Importing
+this module registers everything.
+
+Letters: n image, c channel of x, o channel of y, (y, x) a place, (ky, kx) a tap of the kernel, g a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+import tvm
+from tvm import relax, te, tirx
+from tvm.relax.transform.legalize_ops.common import register_legalize
+
+from tvmtrain.operators import DGRAD, WGRAD
+
+# Rows are padded to multiples of this many elements: a whole AVX2 vector, two NEON ones, half an AVX-512 one.
+ROW = 8
+# Relax registers its own kernels at level 10; ours must win.
+OVERRIDE = 11
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """A convolution along one spatial axis: kernel size, stride, padding before, dilation, input and output size."""
+
+    kernel: int
+    stride: int
+    before: int
+    dilation: int
+    size: int
+    out: int
+
+
+@dataclass(frozen=True)
+class _Conv:
+    """A 2-D convolution x [N, C, H, W], w [O, C/groups, Kh, Kw] -> y [N, O, Ho, Wo]."""
+
+    batch: int
+    channels: int
+    filters: int
+    groups: int
+    rows: _Axis
+    columns: _Axis
+
+    @property
+    def group_in(self) -> int:
+        return self.channels // self.groups
+
+    @property
+    def group_out(self) -> int:
+        return self.filters // self.groups
+
+    @property
+    def pointwise(self) -> bool:
+        """One tap, one group and no padding: a matrix product over channels."""
+        return self.groups == 1 and all(a.kernel == 1 and a.before == 0 and a.size >= a.out for a in (self.rows, self.columns))
+
+
+@dataclass(frozen=True)
+class _Taps:
+    """The taps that reach input places of one residue modulo the stride: kernel index first + t*step reads dY at place + base - t*shift."""
+
+    first: int
+    step: int
+    base: int
+    shift: int
+    count: int
+
+
+def _conv(attrs: Any, x: Sequence[int], w: Sequence[int], y: Sequence[int]) -> _Conv:
+    strides, padding, dilation = ([int(v) for v in _attr(attrs, k)] for k in ("strides", "padding", "dilation"))
+    axes = [_Axis(int(w[2 + i]), strides[i], padding[i], dilation[i], int(x[2 + i]), int(y[2 + i])) for i in (0, 1)]
+    return _Conv(int(x[0]), int(x[1]), int(w[0]), int(_attr(attrs, "groups")), axes[0], axes[1])
+
+
+def _attr(attrs: tvm.ir.Attrs, name: str) -> Any:
+    """An attribute of a Relax operator of TVM's (a field) or of ours (an entry)."""
+    return attrs[name] if isinstance(attrs, tvm.ir.DictAttrs) else getattr(attrs, name)
+
+
+def _shape(expr: relax.Expr | te.Tensor) -> list[int]:
+    return [int(d) for d in (expr.shape if isinstance(expr, te.Tensor) else expr.ty.shape)]
+
+
+def _whole(size: int) -> int:
+    """``size`` rounded up to whole vectors; short rows stay as they are."""
+    return size if size < ROW // 2 + 1 else -(-size // ROW) * ROW
+
+
+def _zero(x: te.Tensor) -> tirx.PrimExpr:
+    return tirx.const(0, x.dtype)
+
+
+def _guarded(x: te.Tensor, *index: tirx.PrimExpr) -> tirx.PrimExpr:
+    """x at ``index``, zero outside of it."""
+    inside = [c for i, size in zip(index, _shape(x), strict=True) for c in (i >= 0, i < size) if not isinstance(i, int)]
+    return tirx.if_then_else(tirx.all(*inside), x(*index), _zero(x))
+
+
+def _crop(x: te.Tensor, shape: Sequence[int], name: str) -> te.Tensor:
+    """The leading part of x that has ``shape``; x itself if that is all of it."""
+    return x if _shape(x) == list(shape) else te.compute(shape, lambda *i: x(*i), name=name)
+
+
+# --- Products over channels -------------------------------------------------------------------------------------------------
+
+
+def _mix_channels(x: te.Tensor, weight: Callable, outputs: int, name: str) -> te.Tensor:
+    """y[n, o, y, x] = sum over c of weight(o, c) * x[n, c, y, x]."""
+    batch, channels, height, width = _shape(x)
+    area, c = height * width, te.reduce_axis((0, channels), "c")
+    if area % ROW == 0:
+        product = te.compute(
+            (batch, outputs, area), lambda n, o, j: te.sum(weight(o, c) * x[n, c, j // width, j % width], axis=[c]), name=name
+        )
+        shape = (batch, outputs, height, width)
+        return te.compute(shape, lambda n, o, h, v: product[n, o, h * width + v], name=f"{name}_map")
+    # Small maps (7x7): whole vectors only if the images lie side by side.
+    places = _whole(batch * area)
+    packed = te.compute(
+        (channels, places),
+        lambda i, j: tirx.if_then_else(
+            j < batch * area,
+            x[tirx.min(j // area, batch - 1), i, j % area // width, j % width],
+            _zero(x),
+        ),
+        name="packed",
+    )
+    product = te.compute((outputs, places), lambda o, j: te.sum(weight(o, c) * packed[c, j], axis=[c]), name=name)
+    return te.compute(
+        (batch, outputs, height, width), lambda n, o, h, v: product[o, n * area + h * width + v], name=f"{name}_map"
+    )
+
+
+def _subsampled(x: te.Tensor, conv: _Conv) -> te.Tensor:
+    """The places of x that a pointwise convolution reads."""
+    rows, columns = conv.rows, conv.columns
+    if rows.stride == columns.stride == 1 and (rows.size, columns.size) == (rows.out, columns.out):
+        return x
+    shape = (conv.batch, conv.channels, rows.out, columns.out)
+    return te.compute(shape, lambda n, c, y, v: x[n, c, y * rows.stride, v * columns.stride], name="subsampled")
+
+
+# --- Forward ----------------------------------------------------------------------------------------------------------------
+
+
+def _padded(x: te.Tensor, conv: _Conv, width: int) -> Callable:
+    """x, padded so that ``width`` outputs a row can be computed; read it as f(n, c, row, tap column, output column).
+
+    With a stride, every residue of the columns modulo it becomes a row of its own: neighbours in an output row read neighbours.
+    """
+    rows, columns = conv.rows, conv.columns
+    height = (rows.out - 1) * rows.stride + (rows.kernel - 1) * rows.dilation + 1
+    span = (width - 1) * columns.stride + (columns.kernel - 1) * columns.dilation + 1
+    if not rows.before and not columns.before and height <= rows.size and span <= columns.size and columns.stride == 1:
+        return lambda n, c, row, kx, v: x[n, c, row, v + kx * columns.dilation]
+    if columns.stride == 1:
+        pad = te.compute(
+            (conv.batch, conv.channels, height, span),
+            lambda n, c, y, v: _guarded(x, n, c, y - rows.before, v - columns.before),
+            name="pad",
+        )
+        return lambda n, c, row, kx, v: pad[n, c, row, v + kx * columns.dilation]
+    residues = te.compute(
+        (conv.batch, conv.channels, height, columns.stride, -(-span // columns.stride)),
+        lambda n, c, y, r, q: _guarded(x, n, c, y - rows.before, q * columns.stride + r - columns.before),
+        name="pad",
+    )
+    step, stride = columns.dilation, columns.stride
+    return lambda n, c, row, kx, v: residues[n, c, row, kx * step % stride, v + kx * step // stride]
+
+
+def conv2d(x: te.Tensor, w: te.Tensor, conv: _Conv) -> te.Tensor:
+    """y = conv(x, w)."""
+    if conv.pointwise:
+        return _mix_channels(_subsampled(x, conv), lambda o, c: w[o, c, 0, 0], conv.filters, "conv2d")
+    rows, columns = conv.rows, conv.columns
+    width = _whole(columns.out)
+    read = _padded(x, conv, width)
+    c = te.reduce_axis((0, conv.group_in), "c")
+    ky, kx = te.reduce_axis((0, rows.kernel), "ky"), te.reduce_axis((0, columns.kernel), "kx")
+
+    def product(n: Any, g: Any, o: Any, y: Any, v: Any) -> Any:
+        row = y * rows.stride + ky * rows.dilation
+        return te.sum(read(n, g * conv.group_in + c, row, kx, v) * w[g * conv.group_out + o, c, ky, kx], axis=[c, ky, kx])
+
+    y = _grouped(product, conv.batch, conv.groups, conv.group_out, (rows.out, width), "conv2d")
+    return _crop(y, (conv.batch, conv.filters, rows.out, columns.out), "conv2d_rows")
+
+
+def _grouped(product: Callable, batch: int, groups: int, each: int, place: tuple[int, int], name: str) -> te.Tensor:
+    """A stage [batch, groups*each, *place] of product(n, g, i, y, x); the group is a loop of its own where it matters."""
+    shape = (batch, groups * each, *place)
+    if groups == 1:
+        return te.compute(shape, lambda n, o, y, v: product(n, 0, o, y, v), name=name)
+    if each == 1:
+        return te.compute(shape, lambda n, g, y, v: product(n, g, 0, y, v), name=name)
+    split = te.compute((batch, groups, each, *place), product, name=name)
+    return te.compute(shape, lambda n, o, y, v: split[n, o // each, o % each, y, v], name=f"{name}_joined")
+
+
+# --- Gradient of the input --------------------------------------------------------------------------------------------------
+
+
+def _taps(axis: _Axis, residue: int) -> _Taps:
+    """Input places of ``residue`` modulo the stride: which taps reach them, and from where."""
+    step = axis.stride // gcd(axis.stride, axis.dilation)
+    at = residue + axis.before
+    hits = [k for k in range(axis.kernel) if (at - k * axis.dilation) % axis.stride == 0]
+    if not hits:
+        return _Taps(0, step, 0, 0, 0)
+    return _Taps(hits[0], step, (at - hits[0] * axis.dilation) // axis.stride, step * axis.dilation // axis.stride, len(hits))
+
+
+def _residues(axis: _Axis) -> list[_Taps]:
+    return [_taps(axis, residue) for residue in range(axis.stride)]
+
+
+def _reach(taps: Sequence[_Taps]) -> tuple[int, int]:
+    """The lowest and the highest offset at which dY is read."""
+    used = [t for t in taps if t.count]
+    return min((t.base - (t.count - 1) * t.shift for t in used), default=0), max((t.base for t in used), default=0)
+
+
+def conv2d_dgrad(gy: te.Tensor, w: te.Tensor, conv: _Conv) -> te.Tensor:
+    """dX, one convolution of dY for each residue of the input places modulo the stride: no tap is tried in vain."""
+    if (
+        conv.pointwise
+        and conv.rows.stride == conv.columns.stride == 1
+        and _shape(gy)[2:] == [conv.rows.size, conv.columns.size]
+    ):
+        return _mix_channels(gy, lambda c, o: w[o, c, 0, 0], conv.channels, "dgrad")
+    rows, columns = conv.rows, conv.columns
+    row_taps, column_taps = _residues(rows), _residues(columns)
+    (top, bottom), (left, right) = _reach(row_taps), _reach(column_taps)
+    height, width = -(-rows.size // rows.stride), _whole(-(-columns.size // columns.stride))
+    pad = te.compute(
+        (conv.batch, conv.filters, height + bottom - top, width + right - left),
+        lambda n, o, y, v: _guarded(gy, n, o, y + top, v + left),
+        name="pad",
+    )
+    parts = [[_dgrad_part(pad, w, conv, a, b, (top, left), (height, width)) for b in column_taps] for a in row_taps]
+    shape = (conv.batch, conv.channels, rows.size, columns.size)
+    if len(row_taps) == len(column_taps) == 1:
+        return _crop(parts[0][0], shape, "dgrad_rows") if parts[0][0] is not None else te.compute(shape, lambda *_: _zero(gy))
+
+    def place(n: Any, c: Any, y: Any, v: Any) -> Any:
+        value: Any = _zero(gy)
+        for a, line in enumerate(parts):
+            for b, part in enumerate(line):
+                if part is not None:
+                    here = tirx.all(y % rows.stride == a, v % columns.stride == b)
+                    value = tirx.if_then_else(here, part[n, c, y // rows.stride, v // columns.stride], value)
+        return value
+
+    return te.compute(shape, place, name="dgrad_interleaved")
+
+
+def _dgrad_part(
+    pad: te.Tensor, w: te.Tensor, conv: _Conv, rows: _Taps, columns: _Taps, origin: tuple[int, int], place: tuple[int, int]
+) -> te.Tensor | None:
+    """dX at the places of one residue; None where no tap reaches them."""
+    if not rows.count or not columns.count:
+        return None
+    o = te.reduce_axis((0, conv.group_out), "o")
+    ty, tx = te.reduce_axis((0, rows.count), "ty"), te.reduce_axis((0, columns.count), "tx")
+
+    def product(n: Any, g: Any, c: Any, y: Any, v: Any) -> Any:
+        source = pad[
+            n,
+            g * conv.group_out + o,
+            y + (rows.base - origin[0]) - ty * rows.shift,
+            v + (columns.base - origin[1]) - tx * columns.shift,
+        ]
+        tap = w[g * conv.group_out + o, c, rows.first + ty * rows.step, columns.first + tx * columns.step]
+        return te.sum(source * tap, axis=[o, ty, tx])
+
+    return _grouped(product, conv.batch, conv.groups, conv.group_in, place, "dgrad")
+
+
+# --- Gradient of the weight -------------------------------------------------------------------------------------------------
+
+
+def conv2d_wgrad(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
+    """dW[o, c, ky, kx] = sum over n, y, x of dY[n, o, y, x] * X[n, c, y*stride + ky*dilation, x*stride + kx*dilation]."""
+    if conv.group_in == 1:
+        return _wgrad_depthwise(x, gy, conv)
+    # The smaller operand is transposed, if its channels fill a vector.
+    smaller = conv.filters * conv.rows.out * conv.columns.out < conv.channels * conv.rows.size * conv.columns.size
+    if conv.groups == 1 and conv.filters >= ROW and (smaller or conv.channels < ROW):
+        return _wgrad_over_filters(x, gy, conv)
+    return _wgrad_over_channels(x, gy, conv)
+
+
+def _channels_last(x: te.Tensor, conv: _Conv, channels: int) -> te.Tensor:
+    """x [N, C, H, W] padded in its places and up to ``channels``, as [N, H', W', channels]."""
+    rows, columns = conv.rows, conv.columns
+    height, width = ((a.out - 1) * a.stride + (a.kernel - 1) * a.dilation + 1 for a in (rows, columns))
+    return te.compute(
+        (conv.batch, height, width, channels),
+        lambda n, y, v, c: _guarded(x, n, c, y - rows.before, v - columns.before),
+        name="channels_last",
+    )
+
+
+def _wgrad_over_channels(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
+    """Vectors run over the input channels."""
+    rows, columns, wide = conv.rows, conv.columns, conv.group_in
+    each = _whole(wide) if conv.groups == 1 else wide
+    source = _channels_last(x, conv, conv.groups * each)
+    n, y, v = (te.reduce_axis((0, size), name) for size, name in ((conv.batch, "n"), (rows.out, "y"), (columns.out, "x")))
+
+    def product(ky: Any, kx: Any, o: Any, c: Any) -> Any:
+        row, column = y * rows.stride + ky * rows.dilation, v * columns.stride + kx * columns.dilation
+        channel = o // conv.group_out * wide + c if conv.groups > 1 else c
+        return te.sum(gy[n, o, y, v] * source[n, row, column, channel], axis=[n, y, v])
+
+    taps = te.compute((rows.kernel, columns.kernel, conv.filters, each), product, name="wgrad")
+    shape = (conv.filters, wide, rows.kernel, columns.kernel)
+    return te.compute(shape, lambda o, c, ky, kx: taps[ky, kx, o, c], name="wgrad_taps")
+
+
+def _wgrad_over_filters(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
+    """Vectors run over the filters."""
+    rows, columns, filters = conv.rows, conv.columns, _whole(conv.filters)
+    height, width = ((a.out - 1) * a.stride + (a.kernel - 1) * a.dilation + 1 for a in (rows, columns))
+    pad = te.compute(
+        (conv.batch, conv.channels, height, width),
+        lambda n, c, y, v: _guarded(x, n, c, y - rows.before, v - columns.before),
+        name="pad",
+    )
+    source = te.compute(
+        (conv.batch, rows.out, columns.out, filters), lambda n, y, v, o: _guarded(gy, n, o, y, v), name="channels_last"
+    )
+    n, y, v = (te.reduce_axis((0, size), name) for size, name in ((conv.batch, "n"), (rows.out, "y"), (columns.out, "x")))
+
+    def product(c: Any, ky: Any, kx: Any, o: Any) -> Any:
+        row, column = y * rows.stride + ky * rows.dilation, v * columns.stride + kx * columns.dilation
+        return te.sum(pad[n, c, row, column] * source[n, y, v, o], axis=[n, y, v])
+
+    taps = te.compute((conv.channels, rows.kernel, columns.kernel, filters), product, name="wgrad")
+    shape = (conv.filters, conv.channels, rows.kernel, columns.kernel)
+    return te.compute(shape, lambda o, c, ky, kx: taps[c, ky, kx, o], name="wgrad_taps")
+
+
+def _wgrad_depthwise(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
+    """Vectors run along the rows of dY, each lane with a sum of its own; the lanes are added at the end."""
+    rows, columns = conv.rows, conv.columns
+    width = _whole(columns.out)
+    lanes = ROW if width % ROW == 0 else width
+    read = _padded(x, conv, width)
+    grad = gy
+    if width != columns.out:
+        grad = te.compute((conv.batch, conv.filters, rows.out, width), lambda *i: _guarded(gy, *i), name="pad_grad")
+    n, y, v = (te.reduce_axis((0, size), name) for size, name in ((conv.batch, "n"), (rows.out, "y"), (width // lanes, "x")))
+
+    def product(o: Any, ky: Any, kx: Any, lane: Any) -> Any:
+        column = v * lanes + lane
+        source = read(n, o // conv.group_out, y * rows.stride + ky * rows.dilation, kx, column)
+        return te.sum(grad[n, o, y, column] * source, axis=[n, y, v])
+
+    sums = te.compute((conv.filters, rows.kernel, columns.kernel, lanes), product, name="wgrad")
+    lane = te.reduce_axis((0, lanes), "lane")
+    shape = (conv.filters, 1, rows.kernel, columns.kernel)
+    return te.compute(shape, lambda o, _, ky, kx: te.sum(sums[o, ky, kx, lane], axis=[lane]), name="wgrad_lanes")
+
+
+# --- Registration -----------------------------------------------------------------------------------------------------------
+
+
+def _legalize_conv2d(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    layouts = (call.attrs.data_layout, call.attrs.kernel_layout, call.attrs.out_layout)
+    if layouts != ("NCHW", "OIHW", "NCHW"):
+        return _relax_conv2d(bb, call)
+    x, w = call.args
+    conv = _conv(call.attrs, _shape(x), _shape(w), _shape(call))
+    return bb.call_te(lambda a, b: conv2d(a, b, conv), x, w, primfunc_name_hint="conv2d")
+
+
+def _legalize_dgrad(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    gy, w = call.args
+    conv = _conv(call.attrs, _shape(call), _shape(w), _shape(gy))
+    return bb.call_te(lambda a, b: conv2d_dgrad(a, b, conv), gy, w, primfunc_name_hint="conv2d_dgrad")
+
+
+def _legalize_wgrad(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    x, gy = call.args
+    conv = _conv(call.attrs, _shape(x), _shape(call), _shape(gy))
+    return bb.call_te(lambda a, b: conv2d_wgrad(a, b, conv), x, gy, primfunc_name_hint="conv2d_wgrad")
+
+
+_relax_conv2d = tvm.ir.Op.get("relax.nn.conv2d").get_attr("FLegalize")
+register_legalize(DGRAD, _legalize_dgrad)
+register_legalize(WGRAD, _legalize_wgrad)
+tvm.ir.register_op_attr("relax.nn.conv2d", "FLegalize", _legalize_conv2d, OVERRIDE)

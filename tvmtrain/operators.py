@@ -1,0 +1,130 @@
+"""Relax operators of a training step that Relax itself lacks.
+
+Each is registered from Python with a type inference and no side effects, so that Relax's own passes (normalization, dead code
+elimination, fusion) treat it like any other operator. Gradient rules live in ``autodiff``, kernels in ``kernels``.
+
+Layouts are PyTorch's: activations [N, C, H, W], weights [O, I/groups, Kh, Kw].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tvm
+from tvm import relax
+from tvm.ir import Op
+from tvm.ir import _ffi_api as _ir_ffi
+from tvm.ir.op import register_op_attr
+from tvm.relax import op as R
+from tvm.relax.transform.legalize_ops.common import register_legalize
+
+HARDTANH = "tvmtrain.hardtanh"
+NORMALIZE = "tvmtrain.normalize"
+DGRAD = "tvmtrain.conv2d_dgrad"
+WGRAD = "tvmtrain.conv2d_wgrad"
+
+
+def _first_type_with_shape(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TensorType:
+    return relax.TensorType([int(d) for d in call.attrs["shape"]], call.args[0].ty.dtype)
+
+
+def _type_of_argument(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TensorType:
+    return call.args[0].ty
+
+
+def _normalize_type(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TupleType:
+    x = call.args[0].ty
+    axes = {int(a) for a in call.attrs["axes"]}
+    kept = relax.TensorType([1 if a in axes else int(d) for a, d in enumerate(x.shape)], x.dtype)
+    return relax.TupleType([relax.TensorType(list(x.shape), x.dtype), kept, kept])
+
+
+def _register(name: str, doc: str, infer: Callable[[relax.Call, relax.BlockBuilder], relax.Type]) -> None:
+    _ir_ffi.RegisterOp(name, doc)
+    register_op_attr(name, "FInferType", infer)
+    register_op_attr(name, "FPurity", True)
+
+
+_register(DGRAD, "gradient of conv2d with respect to its input", _first_type_with_shape)
+_register(WGRAD, "gradient of conv2d with respect to its weight", _first_type_with_shape)
+_register(HARDTANH, "clip, without a gradient at its bounds", _type_of_argument)
+_register(NORMALIZE, "(x - mean) / sqrt(var + eps) with its statistics", _normalize_type)
+
+
+def _attrs(**fields: Any) -> tvm.ir.Attrs:
+    return tvm.ir.make_node("ir.DictAttrs", **fields)
+
+
+def _geometry(attrs: tvm.ir.Attrs, shape: Sequence[int]) -> tvm.ir.Attrs:
+    return _attrs(
+        strides=[int(v) for v in attrs["strides"]],
+        padding=[int(v) for v in attrs["padding"]],
+        dilation=[int(v) for v in attrs["dilation"]],
+        groups=int(attrs["groups"]),
+        shape=[int(d) for d in shape],
+    )
+
+
+def conv2d_dgrad(forward: relax.Call, gy: relax.Expr) -> relax.Call:
+    """dX of the convolution ``forward`` = ``R.nn.conv2d(x, w)``; ``gy`` is [N, O, Ho, Wo], the result has the shape of x."""
+    x, w = forward.args
+    return relax.Call(Op.get(DGRAD), [gy, w], _geometry(forward.attrs, x.ty.shape))
+
+
+def conv2d_wgrad(forward: relax.Call, gy: relax.Expr) -> relax.Call:
+    """dW of the convolution ``forward`` = ``R.nn.conv2d(x, w)``; ``gy`` is [N, O, Ho, Wo], the result has the shape of w."""
+    x, w = forward.args
+    return relax.Call(Op.get(WGRAD), [x, gy], _geometry(forward.attrs, w.ty.shape))
+
+
+def transposed_conv2d(
+    x: relax.Expr,
+    w: relax.Expr,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> relax.Call:
+    """The transposed convolution of x [N, I, H, W] with w [I, O/groups, Kh, Kw]: the dgrad of the convolution that maps ``shape`` to x."""
+    geometry = _attrs(
+        strides=list(strides), padding=list(padding), dilation=list(dilation), groups=groups, shape=[int(d) for d in shape]
+    )
+    return relax.Call(Op.get(DGRAD), [x, w], geometry)
+
+
+def dgrad_wgrad(dgrad: relax.Call, g: relax.Expr) -> relax.Call:
+    """Gradient of a dgrad (a transposed convolution) with respect to its weight, for the gradient ``g`` of its result."""
+    gy, w = dgrad.args
+    return relax.Call(Op.get(WGRAD), [g, gy], _geometry(dgrad.attrs, w.ty.shape))
+
+
+def hardtanh(x: relax.Expr, low: float, high: float) -> relax.Call:
+    """PyTorch's hardtanh and ReLU6: clip(x, low, high) that, unlike torch.clamp, passes no gradient where x is at a bound."""
+    return relax.Call(Op.get(HARDTANH), [x], _attrs(low=float(low), high=float(high)))
+
+
+@register_legalize(HARDTANH)
+def _legalize_hardtanh(_bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    return R.clip(call.args[0], float(call.attrs["low"]), float(call.attrs["high"]))
+
+
+def normalize(x: relax.Expr, axes: Sequence[int], eps: float) -> relax.Call:
+    """(xhat, mean, var) of x over ``axes``: var is biased, mean and var keep the reduced axes with size 1.
+
+    The shared core of BatchNorm in training mode, LayerNorm, GroupNorm and InstanceNorm. Gradients flow through xhat alone.
+    """
+    return relax.Call(Op.get(NORMALIZE), [x], _attrs(axes=[int(a) for a in axes], eps=float(eps)))
+
+
+@register_legalize(NORMALIZE)
+def _legalize_normalize(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    """Two passes over x, as PyTorch does: E[x^2] - E[x]^2 cancels where the mean is large."""
+    x = call.args[0]
+    axes = [int(a) for a in call.attrs["axes"]]
+    mean = bb.emit(R.mean(x, axes, keepdims=True))
+    centred = bb.emit(R.subtract(x, mean))
+    var = bb.emit(R.mean(bb.emit(R.multiply(centred, centred)), axes, keepdims=True))
+    rstd = bb.emit(R.rsqrt(bb.emit(R.add(var, relax.const(float(call.attrs["eps"]), x.ty.dtype)))))
+    return relax.Tuple([bb.emit(R.multiply(centred, rstd)), mean, var])

@@ -1,0 +1,147 @@
+"""Gradients of pooling as loops. Importing this module registers them.
+
+TVM 0.27's own avg_pool2d_backward divides by the wrong counts for windows that hang over the end (ceil_mode with count_include_pad);
+its max_pool2d_backward is right, but looks for the maximum of each window again for each input place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import relax, te, tirx
+from tvm.ir import Op
+from tvm.ir.op import register_op_attr
+
+# Relax registers its own kernels at level 10; ours must win.
+OVERRIDE = 11
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Pooling along one spatial axis: window, stride, padding before and after, dilation, input and output size."""
+
+    window: int
+    stride: int
+    before: int
+    after: int
+    dilation: int
+    size: int
+    out: int
+
+    @property
+    def overlap(self) -> int:
+        """How many windows have to be tried for one input place."""
+        return self.window if self.dilation > 1 else -(-self.window // self.stride)
+
+    def covering(self, place: Any, q: Any) -> tuple[Any, Any, Any]:
+        """The q-th window that may cover an input place: its number, the place's tap in it, and whether it does cover it."""
+        at = place + self.before
+        if self.dilation == 1:
+            out = at // self.stride - q
+            tap = at - out * self.stride
+            return out, tap, tirx.all(tap < self.window, out >= 0, out < self.out)
+        start = at - q * self.dilation
+        out = tirx.floordiv(start, self.stride)
+        return out, q, tirx.all(tirx.floormod(start, self.stride) == 0, out >= 0, out < self.out)
+
+    def count(self, out: Any, include_padding: bool) -> Any:
+        """How many places PyTorch divides the window's sum by; what hangs over the padding never counts."""
+        start = out * self.stride - self.before
+        end = tirx.min(start + self.window, self.size + self.after)
+        return end - start if include_padding else tirx.min(end, self.size) - tirx.max(start, 0)
+
+
+def avg_pool2d_backward(gy: te.Tensor, rows: _Axis, columns: _Axis, include_padding: bool) -> te.Tensor:
+    """dX[y, x] = sum over the windows that cover (y, x) of dY / count."""
+    shape = [int(d) for d in gy.shape]
+
+    def share(n: Any, c: Any, y: Any, x: Any) -> Any:
+        return gy[n, c, y, x] / (rows.count(y, include_padding) * columns.count(x, include_padding)).astype(gy.dtype)
+
+    shares = te.compute(shape, share, name="share")
+    return _gathered(shape, rows, columns, lambda n, c, y, x, _: shares[n, c, y, x], gy.dtype, "avg_pool2d_backward")
+
+
+def max_pool2d_backward(gy: te.Tensor, x: te.Tensor, rows: _Axis, columns: _Axis) -> te.Tensor:
+    """dX[y, x] = sum over the windows of which (y, x) is the first maximum of dY. PyTorch gives ties to the first, too."""
+    shape = [int(d) for d in gy.shape]
+    taps = rows.window * columns.window
+
+    def value(n: Any, c: Any, y: Any, v: Any, ky: Any, kx: Any) -> Any:
+        row, column = (a.stride * i + a.dilation * k - a.before for a, i, k in ((rows, y, ky), (columns, v, kx)))
+        inside = tirx.all(row >= 0, row < rows.size, column >= 0, column < columns.size)
+        return tirx.if_then_else(inside, x[n, c, row, column], tirx.min_value(x.dtype))
+
+    ky, kx = te.reduce_axis((0, rows.window), "ky"), te.reduce_axis((0, columns.window), "kx")
+    largest = te.compute(shape, lambda n, c, y, v: te.max(value(n, c, y, v, ky, kx), axis=[ky, kx]), name="largest")
+    ry, rx = te.reduce_axis((0, rows.window), "ry"), te.reduce_axis((0, columns.window), "rx")
+
+    def tap(n: Any, c: Any, y: Any, v: Any) -> Any:
+        hit = value(n, c, y, v, ry, rx) == largest[n, c, y, v]
+        number = (ry * columns.window + rx).astype("int32")
+        return te.min(tirx.Select(hit, number, tirx.const(taps, "int32")), axis=[ry, rx])
+
+    first = te.compute(shape, tap, name="first")
+
+    def part(n: Any, c: Any, y: Any, v: Any, tap: Any) -> Any:
+        return tirx.Select(first[n, c, y, v] == tap, gy[n, c, y, v], tirx.const(0, gy.dtype))
+
+    return _gathered(shape, rows, columns, part, gy.dtype, "max_pool2d_backward")
+
+
+def _gathered(shape: list[int], rows: _Axis, columns: _Axis, part: Callable, dtype: str, name: str) -> te.Tensor:
+    """The sum over the windows that cover each input place of part(n, c, window row, window column, tap)."""
+    qy, qx = te.reduce_axis((0, rows.overlap), "qy"), te.reduce_axis((0, columns.overlap), "qx")
+
+    def total(n: Any, c: Any, y: Any, x: Any) -> Any:
+        row, row_tap, row_covers = rows.covering(y, qy)
+        column, column_tap, column_covers = columns.covering(x, qx)
+        tap = (row_tap * columns.window + column_tap).astype("int32")
+        value = tirx.if_then_else(tirx.all(row_covers, column_covers), part(n, c, row, column, tap), tirx.const(0, dtype))
+        return te.sum(value, axis=[qy, qx])
+
+    return te.compute((*shape[:2], rows.size, columns.size), total, name=name)
+
+
+def _axes(call: relax.Call) -> tuple[_Axis, _Axis]:
+    attrs, size, out = call.attrs, call.args[1].ty.shape, call.args[0].ty.shape
+    padding = [int(p) for p in attrs.padding]
+    rows, columns = (
+        _Axis(
+            window=int(attrs.pool_size[i]),
+            stride=int(attrs.strides[i]),
+            before=padding[i],
+            after=padding[i + 2],
+            dilation=int(attrs.dilation[i]),
+            size=int(size[2 + i]),
+            out=int(out[2 + i]),
+        )
+        for i in (0, 1)
+    )
+    return rows, columns
+
+
+def _legalize_max(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    if call.attrs.layout != "NCHW":
+        return _relax_max(bb, call)
+    rows, columns = _axes(call)
+    return bb.call_te(
+        lambda gy, x: max_pool2d_backward(gy, x, rows, columns), *call.args, primfunc_name_hint="max_pool2d_backward"
+    )
+
+
+def _legalize_avg(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    if call.attrs.layout != "NCHW" or any(int(d) != 1 for d in call.attrs.dilation):
+        return _relax_avg(bb, call)
+    rows, columns = _axes(call)
+    include = bool(call.attrs.count_include_pad)
+    return bb.call_te(
+        lambda gy: avg_pool2d_backward(gy, rows, columns, include), call.args[0], primfunc_name_hint="avg_pool2d_backward"
+    )
+
+
+_relax_max, _relax_avg = (Op.get(f"relax.grad.{kind}_pool2d_backward").get_attr("FLegalize") for kind in ("max", "avg"))
+register_op_attr("relax.grad.max_pool2d_backward", "FLegalize", _legalize_max, OVERRIDE)
+register_op_attr("relax.grad.avg_pool2d_backward", "FLegalize", _legalize_avg, OVERRIDE)

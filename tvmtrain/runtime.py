@@ -1,0 +1,578 @@
+"""Run a compiled training step: TVM's runtime and NumPy, neither PyTorch nor a compiler.
+
+The state (parameters, buffers, optimizer, random numbers) stays in TVM's tensors between steps. A compiled step returns new
+state and leaves the old one alone, so that a step that fails, for whatever reason, changes nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tvmtrain import artifact
+from tvmtrain.artifact import MODEL_ROLES, STATE_ROLES, Entry, LossSpec, Manifest, TensorSpec
+from tvmtrain.errors import ArtifactError, InputError, NonFiniteLossError, StorageError
+
+
+@contextmanager
+def _without_torch() -> Iterator[None]:
+    """Hide PyTorch, if nobody has imported it, from tvm_ffi, which imports it wherever it is installed.
+
+    Only where TVM's runtime was asked for alone: a compiling process needs tvm_ffi to know PyTorch's dtypes.
+    """
+    hide = os.environ.get("TVM_USE_RUNTIME_LIB") == "1" and "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hide:
+            del sys.modules["torch"]
+
+
+with _without_torch():
+    import tvm
+    from tvm.runtime.vm import VirtualMachine
+    from tvm_ffi import get_global_func
+
+# TVM's pool narrows the affinity of the thread that starts it, so what this process may use is asked before that.
+_CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+# Which file each path was when a library was first loaded from it.
+_loaded: dict[Path, tuple[int, int]] = {}
+
+Tensors = dict[str, Any]
+
+
+class Evaluation(float):
+    """The mean loss over all samples, with ``accuracy`` (of cross-entropy on class numbers, else None) and sample ``count``."""
+
+    accuracy: float | None
+    count: int
+
+    def __new__(cls, loss: float, accuracy: float | None = None, count: int = 0) -> Evaluation:
+        self = super().__new__(cls, loss)
+        self.accuracy = accuracy
+        self.count = count
+        return self
+
+
+def load(path: str | os.PathLike[str], threads: int | None = None) -> TrainStep:
+    """Start the artifact in the folder ``path``.
+
+    ``threads``: how many TVM computes with; by default ``TVM_NUM_THREADS``, else every physical core that this process may use.
+    Raises ``ArtifactError`` for anything damaged, foreign or incomplete, before native code is loaded.
+    """
+    stored = artifact.read(path)
+    return TrainStep(_load_library(stored.library), stored.manifest, stored.state, threads)
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """All state after so many steps; replaced in one assignment, so that an interrupt cannot leave half of a step."""
+
+    tensors: Tensors
+    steps: int
+
+
+class TrainStep:
+    """A running training step: call it with data, and its parameters have moved.
+
+    Data are NumPy arrays or anything with DLPack on the CPU (PyTorch tensors too): one array, or a tuple or list of them where
+    the model has several. Errors about data are ``InputError`` and change nothing. Threads that share a step need a lock.
+    """
+
+    def __init__(self, module: Any, manifest: Manifest, state: Mapping[str, np.ndarray], threads: int | None = None) -> None:
+        self.manifest = manifest
+        if threads is not None and threads < 1:
+            raise InputError(f"threads is {threads}; want 1 or more, or None for every physical core")
+        self._threads = threads or default_threads()
+        self._configured = threading.local()
+        self._use_threads()
+        self._functions = _functions(module, manifest)
+        self._moment = _Moment({name: tvm.runtime.tensor(value) for name, value in state.items()}, 0)
+        self._outputs: list[Any] = []
+
+    @property
+    def steps(self) -> int:
+        """How many training steps have been taken; saved and restored."""
+        return self._moment.steps
+
+    @property
+    def outputs(self) -> tuple[np.ndarray, ...]:
+        """The model's outputs in the last training step, before its update; empty before the first."""
+        return tuple(tensor.numpy() for tensor in self._outputs)
+
+    def __call__(self, x: Any, y: Any, lr: float | None = None) -> float:
+        """One training step on one batch of the compiled size; returns the loss before the update.
+
+        ``lr`` is this step's learning rate, by default the optimizer's. Raises ``InputError`` for data that do not fit and
+        ``NonFiniteLossError`` for a NaN or infinite loss; both leave the state as it was.
+        """
+        entry = self.manifest.named["train_step"]
+        given = self._batch(entry, x, y)
+        given |= {spec.key: _rate(self.manifest.lr if lr is None else lr, spec) for spec in entry.inputs if spec.role == "rate"}
+        results = self._run(entry, given)
+        loss = next(float(value.numpy()) for spec, value in results if spec.role == "loss")
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the loss of step {self.steps + 1} is {loss}; the state is that of step {self.steps}. "
+                "Lower the learning rate, set clip_norm, or look at this batch"
+            )
+        new = {spec.name: value for spec, value in results if spec.role in STATE_ROLES}
+        self._outputs = [value for spec, value in results if spec.role == "output"]
+        self._moment = _Moment(self._moment.tensors | new, self.steps + 1)
+        return loss
+
+    def predict(self, x: Any) -> Any:
+        """The model's output in evaluation mode for any number N >= 1 of samples; a tuple if the model has several outputs."""
+        entry = self.manifest.named["predict"]
+        arrays = self._samples(entry, x)
+        specs = [spec for spec in entry.outputs if spec.role == "output"]
+        parts = [self._predict(piece, size) for piece, size in self._pieces(arrays)]
+        outputs = tuple(_join([part[spec.key] for part in parts], spec, self.manifest.batch) for spec in specs)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def evaluate(self, x: Any, y: Any) -> Evaluation:
+        """The mean loss over all N >= 1 samples in evaluation mode, exact for any N, as a float with accuracy and count.
+
+        A loss of the user's own is compiled for whole batches: then N has to be a multiple of the batch (else ``InputError``),
+        and the result is the mean of the batches' losses.
+        """
+        arrays = self._samples(self.manifest.named["predict"], x) | self._samples(self.manifest.named["loss"], y, role="target")
+        count = self._count(arrays)
+        custom = self.manifest.loss.name == "custom"
+        if custom and count % self.manifest.batch:
+            raise InputError(
+                f"got {count} samples, and the loss, one of your own, was compiled for {self.manifest.batch} at a time; "
+                f"evaluate a multiple of {self.manifest.batch} samples, or compute the loss from predict(x)"
+            )
+        tally = self._custom_loss if custom else self._built_in_loss
+        total = sum((tally(piece, size) for piece, size in self._pieces(arrays)), Tally())
+        loss = total.loss / total.weight if total.weight else math.nan
+        return Evaluation(loss, total.right / total.labels if total.labels else None, count)
+
+    def gradients(self, x: Any, y: Any) -> dict[str, np.ndarray]:
+        """The gradient of every trained parameter on one batch; the state is left alone. Only in steps built for verifying."""
+        entry = self.manifest.named.get("gradients")
+        if entry is None:
+            raise ArtifactError("this artifact has no gradients entry; build it for verifying to compare gradients")
+        results = self._run(entry, self._batch(entry, x, y))
+        return {spec.name: value.numpy() for spec, value in results if spec.role == "gradient"}
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Copies of all parameters and buffers under PyTorch's names, tied names included."""
+        values = {name: self._moment.tensors[name].numpy() for name in self._model_names()}
+        return values | {tied: values[name].copy() for tied, name in self.manifest.aliases.items() if name in values}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take all parameters and buffers from NumPy arrays or DLPack tensors under PyTorch's names; optimizer state stays.
+
+        Raises ``InputError`` for names that are missing or unexpected, wrong shapes or dtypes, and tied names that disagree;
+        then nothing has changed.
+        """
+        self._check_names(state)
+        aliases = self.manifest.aliases
+        new: dict[str, np.ndarray] = {}
+        for given, value in state.items():
+            name = aliases.get(given, given)
+            array = _weights(value, self.manifest.state[name], given)
+            if not np.array_equal(new.setdefault(name, array), array, equal_nan=array.dtype.kind == "f"):
+                raise InputError(
+                    f"{given!r} is tied to {name!r} in this model, and they have different values; give one of them"
+                )
+        tensors = {name: tvm.runtime.tensor(array) for name, array in new.items()}
+        self._moment = _Moment(self._moment.tensors | tensors, self.steps)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all state to one file, so that ``restore`` and the steps after it give the same bits as going on from here.
+
+        A kill at any moment leaves the old file or the new one. Raises ``StorageError`` where it cannot be written.
+        """
+        moment = self._moment
+        values = {name: tensor.numpy() for name, tensor in moment.tensors.items()}
+        artifact.write_checkpoint(path, values, moment.steps, self.manifest.versions.get("tvmtrain", "unknown"))
+
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Take all state from a file of ``save``. Raises ``CheckpointError``, and nothing has changed, if it does not fit."""
+        values, steps = artifact.read_checkpoint(path, self.manifest.state)
+        self._moment = _Moment({name: tvm.runtime.tensor(value) for name, value in values.items()}, steps)
+
+    def _run(self, entry: Entry, given: Mapping[tuple[str, str], Any]) -> list[tuple[TensorSpec, Any]]:
+        self._use_threads()
+        tensors = self._moment.tensors
+        arguments = [tensors[spec.name] if spec.role in STATE_ROLES else given[spec.key] for spec in entry.inputs]
+        return list(zip(entry.outputs, self._functions[entry.name](*arguments), strict=True))
+
+    def _use_threads(self) -> None:
+        """Each thread of Python that calls TVM has a pool of its own, to be configured before its first use."""
+        if not hasattr(self._configured, "done"):
+            use_threads(self._threads)
+            self._configured.done = True
+
+    def _batch(self, entry: Entry, x: Any, y: Any) -> dict[tuple[str, str], Any]:
+        """The tensors of one batch of exactly the compiled size."""
+        arrays = self._read(entry, x, "input") | self._read(entry, y, "target")
+        for spec, array in arrays.values():
+            if array.shape != spec.shape:
+                raise InputError(_wrong_batch(spec, array.shape, self.manifest.batch))
+            self._check_values(spec, array)
+        return {key: tvm.runtime.tensor(array) for key, (_, array) in arrays.items()}
+
+    def _samples(self, entry: Entry, value: Any, role: str = "input") -> dict[tuple[str, str], tuple[TensorSpec, np.ndarray]]:
+        """The arrays of any number of samples, checked."""
+        arrays = self._read(entry, value, role)
+        for spec, array in arrays.values():
+            free = _rows(spec, self.manifest.batch) > 0
+            if array.shape != spec.shape and not (free and array.ndim == len(spec.shape) and array.shape[1:] == spec.shape[1:]):
+                wanted = ("N", *spec.shape[1:]) if free else spec.shape
+                raise InputError(f"{spec.role} {spec.name!r} has shape {array.shape}; want ({', '.join(map(str, wanted))})")
+            self._check_values(spec, array)
+        return arrays
+
+    def _read(self, entry: Entry, value: Any, role: str) -> dict[tuple[str, str], tuple[TensorSpec, np.ndarray]]:
+        """Arrays of the compiled dtypes; their shapes are still to be checked."""
+        specs = [spec for spec in entry.inputs if spec.role == role]
+        values = _several(value, len(specs), role)
+        return {spec.key: (spec, _cast(_numpy(item, spec), spec)) for spec, item in zip(specs, values, strict=True)}
+
+    def _check_values(self, spec: TensorSpec, array: np.ndarray) -> None:
+        if array.dtype.kind == "f":
+            _check_finite(spec, array)
+        elif spec.role == "target" and self.manifest.loss.name == "cross_entropy":
+            _check_labels(spec, array, self.manifest.loss)
+
+    def _count(self, arrays: Mapping[tuple[str, str], tuple[TensorSpec, np.ndarray]]) -> int:
+        """The number of samples, on which all arrays have to agree."""
+        counts = {}
+        for spec, array in arrays.values():
+            if rows := _rows(spec, self.manifest.batch):
+                counts[f"{spec.role} {spec.name!r}"] = array.shape[0] / rows
+        if not counts:
+            return self.manifest.batch
+        if len(set(counts.values())) != 1 or min(counts.values()) < 1:
+            listed = ", ".join(f"{name}: {count:g}" for name, count in counts.items())
+            raise InputError(f"numbers of samples are {listed}; want one number for all, and at least 1")
+        return math.ceil(next(iter(counts.values())))
+
+    def _pieces(
+        self, arrays: Mapping[tuple[str, str], tuple[TensorSpec, np.ndarray]]
+    ) -> Iterator[tuple[dict[Any, np.ndarray], int]]:
+        """Compiled batches, the last one filled up with its last sample, each with the number of samples that count."""
+        batch, count = self.manifest.batch, self._count(arrays)
+        for start in range(0, count, batch):
+            size = min(batch, count - start)
+            yield {key: _piece(spec, array, start, size, batch) for key, (spec, array) in arrays.items()}, size
+
+    def _predict(self, piece: Mapping[Any, np.ndarray], size: int) -> dict[tuple[str, str], np.ndarray]:
+        """The outputs of one compiled batch, without the samples that only filled it up."""
+        entry = self.manifest.named["predict"]
+        inputs = {key: tvm.runtime.tensor(array) for key, array in piece.items() if key[0] == "input"}
+        return {spec.key: _trim(value.numpy(), spec, size, self.manifest.batch) for spec, value in self._run(entry, inputs)}
+
+    def _built_in_loss(self, piece: Mapping[Any, np.ndarray], size: int) -> Tally:
+        entry = self.manifest.named["loss"]
+        output = next(spec for spec in entry.inputs if spec.role == "output")
+        target = next(spec for spec in entry.inputs if spec.role == "target")
+        prediction = self._predict(piece, size)[output.key]
+        return measure(self.manifest.loss, prediction, _trim(piece[target.key], target, size, self.manifest.batch))
+
+    def _custom_loss(self, piece: Mapping[Any, np.ndarray], size: int) -> Tally:
+        given = self._predict(piece, size) | {key: array for key, array in piece.items() if key[0] == "target"}
+        results = self._run(self.manifest.named["loss"], {key: tvm.runtime.tensor(array) for key, array in given.items()})
+        return Tally(loss=sum(float(value.numpy()) for spec, value in results if spec.role == "loss"), weight=1)
+
+    def _model_names(self) -> list[str]:
+        return [name for name, spec in self.manifest.state.items() if spec.role in MODEL_ROLES]
+
+    def _check_names(self, state: Mapping[str, Any]) -> None:
+        """Every parameter and buffer is there under one of its names, and nothing else."""
+        names, aliases = self._model_names(), self.manifest.aliases
+        given = {aliases.get(name, name) for name in state}
+        known = [*names, *aliases]
+        unexpected = [f"{name!r}{_near(name, known)}" for name in state if aliases.get(name, name) not in names]
+        missing = [repr(name) for name in names if name not in given]
+        if unexpected or missing:
+            raise InputError(
+                f"state_dict does not fit this model: {_listed('missing', missing)}; {_listed('unexpected', unexpected)}"
+            )
+
+
+# Threads.
+
+
+def default_threads() -> int:
+    """``TVM_NUM_THREADS`` if set, else the physical cores this process may use (TVM itself takes half of all logical ones)."""
+    asked = os.environ.get("TVM_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) > 0 else physical_cores()
+
+
+def physical_cores() -> int:
+    """Cores that this process may run on; hyperthreads of one core count once."""
+    return len({_siblings(cpu) for cpu in _CPUS})
+
+
+def use_threads(count: int) -> None:
+    """Let TVM compute with ``count`` threads when called from this thread of Python; threads are not pinned to cores."""
+    # -3: threads may run on all the listed processors. TVM allows as many threads as the list is long.
+    places = [str(_CPUS[i % len(_CPUS)]) for i in range(max(count, len(_CPUS)))]
+    get_global_func("runtime.config_threadpool")(-3, count, places)
+    if (got := get_global_func("runtime.NumThreads")()) < count:
+        warnings.warn(
+            f"TVM was used in this thread before and keeps to {got} threads instead of {count}; set TVM_NUM_THREADS={count}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _siblings(cpu: int) -> str:
+    """Names the physical core of a logical processor."""
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+    except OSError:
+        return str(cpu)
+
+
+# Native code.
+
+
+def _load_library(path: Path) -> Any:
+    """The native code at ``path``, which has been checked."""
+    try:
+        with _own_name(path) as place, artifact.without_scope_log():
+            return tvm.runtime.load_module(str(place))
+    except OSError as error:
+        raise StorageError(f"{path} cannot be copied to a temporary folder: {error.strerror}; set TMPDIR") from error
+    except (RuntimeError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be loaded by TVM {tvm.__version__}: {error}") from error
+
+
+@contextmanager
+def _own_name(path: Path) -> Iterator[Path]:
+    """``path``, or a copy of it where a library of that path was loaded and has been replaced since.
+
+    The system's loader takes an equal path for an equal library, and would go on with the old one.
+    """
+    file = path.stat()
+    if _loaded.setdefault(path.resolve(), (file.st_dev, file.st_ino)) == (file.st_dev, file.st_ino):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(shutil.copy(path, folder))
+
+
+def _functions(module: Any, manifest: Manifest) -> dict[str, Any]:
+    try:
+        machine = VirtualMachine(module, tvm.cpu())
+        return {entry.name: machine[entry.name] for entry in manifest.entries}
+    except (RuntimeError, ValueError, AttributeError) as error:
+        made = manifest.versions.get("tvm", "unknown")
+        raise ArtifactError(f"{artifact.LIBRARY} (TVM {made}) cannot be started by TVM {tvm.__version__}: {error}") from error
+
+
+# Data.
+
+
+def _several(value: Any, count: int, role: str) -> Sequence[Any]:
+    """The arrays that a user gave for ``count`` inputs: one as it is, several as a tuple or list."""
+    if count == 1:
+        wrapped = isinstance(value, (tuple, list)) and len(value) == 1 and hasattr(value[0], "shape")
+        return value if wrapped else [value]
+    if not isinstance(value, (tuple, list)) or len(value) != count:
+        got = f"{len(value)}" if isinstance(value, (tuple, list)) else type(value).__name__
+        raise InputError(f"the model has {count} of role {role!r} and got {got}; give a tuple of {count} arrays")
+    return value
+
+
+def _numpy(value: Any, spec: TensorSpec) -> np.ndarray:
+    """``value`` as a NumPy array, without a copy where it has DLPack."""
+    if isinstance(value, np.ndarray):
+        return value
+    try:
+        return np.from_dlpack(value) if hasattr(value, "__dlpack__") else np.asarray(value)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        hint = "want a NumPy array or a tensor on the CPU (for PyTorch: x.detach().cpu())"
+        raise InputError(f"{spec.role} {spec.name!r} cannot be read: {error}; {hint}") from error
+
+
+def _cast(array: np.ndarray, spec: TensorSpec) -> np.ndarray:
+    """``array`` in the compiled dtype: floats from floats and integers from integers, nothing else silently."""
+    wanted = np.dtype(spec.dtype)
+    if array.dtype == wanted:
+        return array
+    if array.dtype.kind == "f" and wanted.kind == "f":
+        with np.errstate(over="ignore"):
+            return array.astype(wanted)
+    if array.dtype.kind in "iu" and wanted.kind in "iu":
+        _check_range(array, spec, wanted)
+        return array.astype(wanted)
+    raise InputError(
+        f"{spec.role} {spec.name!r} has dtype {array.dtype}; want {spec.dtype}; {_dtype_hint(array.dtype, wanted)}"
+    )
+
+
+def _check_range(array: np.ndarray, spec: TensorSpec, wanted: np.dtype[Any]) -> None:
+    limits = np.iinfo(wanted)
+    if array.size and (int(array.min()) < limits.min or int(array.max()) > limits.max):
+        raise InputError(f"{spec.role} {spec.name!r} has values {array.min()}..{array.max()}, which do not fit {spec.dtype}")
+
+
+def _dtype_hint(got: np.dtype[Any], wanted: np.dtype[Any]) -> str:
+    if wanted.kind == "f" and got == np.uint8:
+        return "scale images first: x.astype('float32') / 255, then the mean and deviation that the model was trained with"
+    if wanted.kind in "iu" and got.kind == "f":
+        return "want class numbers or indices, not probabilities: y.astype('int64')"
+    return f"convert it: .astype({wanted.name!r})"
+
+
+def _check_finite(spec: TensorSpec, array: np.ndarray) -> None:
+    # The sum is finite only if every value is; it needs no second array. A sum that overflows is looked at again.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(array.sum()):
+            return
+    bad = np.argwhere(~np.isfinite(array))
+    if len(bad):
+        where = tuple(int(i) for i in bad[0])
+        raise InputError(
+            f"{spec.role} {spec.name!r} has {len(bad)} NaN or infinite values, the first {array[where]} at {where}"
+        )
+
+
+def _check_labels(spec: TensorSpec, labels: np.ndarray, loss: LossSpec) -> None:
+    if loss.classes is None:
+        return
+    wrong = (labels < 0) | (labels >= loss.classes)
+    if loss.ignore_index is not None:
+        wrong &= labels != loss.ignore_index
+    if wrong.any():
+        where = tuple(int(i) for i in np.argwhere(wrong)[0])
+        ignored = "" if loss.ignore_index is None else f", or {loss.ignore_index} to be ignored"
+        raise InputError(
+            f"{spec.role} {spec.name!r} has the label {labels[where]} at {where}; want 0..{loss.classes - 1}{ignored}"
+        )
+
+
+def _rate(lr: float, spec: TensorSpec) -> Any:
+    try:
+        rate = float(lr)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"lr is {type(lr).__name__}; want a number") from error
+    if not math.isfinite(rate) or rate < 0:
+        raise InputError(f"lr is {rate}; want a finite number of 0 or more")
+    return tvm.runtime.tensor(np.asarray(rate, spec.dtype))
+
+
+def _wrong_batch(spec: TensorSpec, got: tuple[int, ...], batch: int) -> str:
+    message = f"{spec.role} {spec.name!r} has shape {got}; want {spec.shape}"
+    if _rows(spec, batch) and got[1:] == spec.shape[1:] and len(got) == len(spec.shape):
+        message += (
+            f": training needs batches of exactly {batch} samples, the compiled size; predict and evaluate take any number"
+        )
+    return message
+
+
+def _weights(value: Any, spec: TensorSpec, name: str) -> np.ndarray:
+    array = _cast(_numpy(value, spec), spec)
+    if array.shape != spec.shape:
+        raise InputError(f"{name!r} has shape {array.shape}; want {spec.shape}")
+    return array
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=2)
+    return f" (near: {', '.join(near)})" if near else ""
+
+
+def _listed(what: str, names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{what}: {', '.join(names[:5]) or 'none'}{more}"
+
+
+# Batches. A tensor has a fixed number of rows per sample: 1, or more where samples were flattened, as [N * length, classes].
+
+
+def _rows(spec: TensorSpec, batch: int) -> int:
+    """Rows of axis 0 per sample; 0 for a tensor that all samples share."""
+    if not spec.shape or spec.shape[0] % batch or (spec.role == "input" and spec.shape[0] != batch):
+        return 0
+    return spec.shape[0] // batch
+
+
+def _piece(spec: TensorSpec, array: np.ndarray, start: int, size: int, batch: int) -> np.ndarray:
+    rows = _rows(spec, batch)
+    if not rows:
+        return array
+    part = array[start * rows : (start + size) * rows]
+    filling = np.tile(part[-rows:], (batch - size, *(1,) * (array.ndim - 1)))
+    return np.concatenate([part, filling]) if size < batch else part
+
+
+def _trim(array: np.ndarray, spec: TensorSpec, size: int, batch: int) -> np.ndarray:
+    rows = _rows(spec, batch)
+    if not rows and size < batch:
+        raise InputError(
+            f"{spec.role} {spec.name!r} of shape {spec.shape} is one for a whole batch; give multiples of {batch} samples"
+        )
+    return array[: size * rows] if rows else array
+
+
+def _join(parts: Sequence[np.ndarray], spec: TensorSpec, batch: int) -> np.ndarray:
+    if not _rows(spec, batch) and len(parts) > 1:
+        raise InputError(
+            f"{spec.role} {spec.name!r} of shape {spec.shape} is one for a whole batch; give exactly {batch} samples"
+        )
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+# Losses of whole data sets: sums over batches of any size, so that the mean is the one over all samples.
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What adds up over batches: the sum of the loss and how many terms it has, right answers and labels that count."""
+
+    loss: float = 0.0
+    weight: float = 0.0
+    right: int = 0
+    labels: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(self.loss + other.loss, self.weight + other.weight, self.right + other.right, self.labels + other.labels)
+
+
+def measure(loss: LossSpec, output: np.ndarray, target: np.ndarray) -> Tally:
+    """The built-in ``loss`` of some samples, in float64, as PyTorch defines it."""
+    values = output.astype(np.float64)
+    if loss.name == "mse":
+        terms = np.square(values - target)
+        return Tally(float(terms.sum()), terms.size)
+    if loss.name == "bce_with_logits":
+        terms = np.maximum(values, 0) - values * target + np.log1p(np.exp(-np.abs(values)))
+        return Tally(float(terms.sum()), terms.size)
+    return _cross_entropy(values, target, loss.ignore_index)
+
+
+def _cross_entropy(logits: np.ndarray, target: np.ndarray, ignore: int | None) -> Tally:
+    """``logits`` [N, C, ...]; ``target`` class numbers [N, ...] or probabilities [N, C, ...]."""
+    log_shares = logits - logits.max(axis=1, keepdims=True)
+    log_shares -= np.log(np.exp(log_shares).sum(axis=1, keepdims=True))
+    if target.dtype.kind == "f":
+        return Tally(float(-(log_shares * target).sum()), target.size / target.shape[1])
+    counts = np.ones(target.shape, bool) if ignore is None else target != ignore
+    chosen = np.take_along_axis(log_shares, np.where(counts, target, 0)[:, None], axis=1)[:, 0]
+    right = (logits.argmax(axis=1) == target) & counts
+    labels = int(counts.sum())
+    return Tally(float(-chosen[counts].sum()), labels, int(right.sum()), labels)
