@@ -73,6 +73,7 @@ class _Update:
     rate: relax.Var = field(default_factory=lambda: relax.Var("rate", relax.TensorType([], "float32")))
     state: dict[signature.Port, relax.Var] = field(default_factory=dict)
     results: dict[signature.Port, relax.Expr] = field(default_factory=dict)
+    converted: dict[tuple[relax.Expr, str], relax.Var] = field(default_factory=dict)
 
     def run(self, parameters: dict[str, relax.Var], gradients: dict[str, relax.Expr]) -> None:
         if self.optimizer.clip_norm is not None:
@@ -93,23 +94,32 @@ class _Update:
         squares = [self.emit(R.sum(self.emit(R.multiply(g, g)))) for g in gradients.values()]
         total = squares[0]
         for square in squares[1:]:
-            total = self.emit(R.add(total, square))
-        norm = self.emit(R.add(self.emit(R.sqrt(total)), _f32(CLIP_EPSILON)))
-        factor = self.emit(R.minimum(self.emit(R.divide(_f32(limit), norm)), _f32(1.0)))
-        return {name: self.emit(R.multiply(g, factor)) for name, g in gradients.items()}
+            total = self.emit(R.add(total, self._as(square, total)))
+        norm = self.emit(R.add(self.emit(R.sqrt(total)), _const(CLIP_EPSILON, total)))
+        factor = self.emit(R.minimum(self.emit(R.divide(_const(limit, norm), norm)), _const(1.0, norm)))
+        return {name: self.emit(R.multiply(g, self._as(factor, g))) for name, g in gradients.items()}
+
+    def _as(self, scalar: relax.Expr, like: relax.Expr) -> relax.Expr:
+        """``scalar`` in the precision of ``like``, converted once."""
+        if scalar.ty.dtype == like.ty.dtype:
+            return scalar
+        key = (scalar, str(like.ty.dtype))
+        if key not in self.converted:
+            self.converted[key] = self.emit(R.astype(scalar, like.ty.dtype))
+        return self.converted[key]
 
     def _sgd(self, o: SGD) -> Rule:
         """d = g + wd p; b = m b + d; p -= lr (d + m b if nesterov else b)."""
 
         def rule(name: str, p: relax.Var, g: relax.Expr) -> relax.Expr:
             if o.weight_decay:
-                g = self.emit(R.add(g, self.emit(R.multiply(p, _f32(o.weight_decay)))))
+                g = self.emit(R.add(g, self.emit(R.multiply(p, _const(o.weight_decay, p)))))
             if o.momentum:
                 port, old = self._state("momentum", name, p)
-                buffer = self.emit(R.add(self.emit(R.multiply(old, _f32(o.momentum))), g))
+                buffer = self.emit(R.add(self.emit(R.multiply(old, _const(o.momentum, p))), g))
                 self.results[port] = buffer
-                g = self.emit(R.add(g, self.emit(R.multiply(buffer, _f32(o.momentum))))) if o.nesterov else buffer
-            return self.emit(R.subtract(p, self.emit(R.multiply(g, self.rate))))
+                g = self.emit(R.add(g, self.emit(R.multiply(buffer, _const(o.momentum, p))))) if o.nesterov else buffer
+            return self.emit(R.subtract(p, self.emit(R.multiply(g, self._as(self.rate, p)))))
 
         return rule
 
@@ -120,24 +130,25 @@ class _Update:
 
         def rule(name: str, p: relax.Var, g: relax.Expr) -> relax.Expr:
             if o.weight_decay and isinstance(o, Adam):
-                g = self.emit(R.add(g, self.emit(R.multiply(p, _f32(o.weight_decay)))))
+                g = self.emit(R.add(g, self.emit(R.multiply(p, _const(o.weight_decay, p)))))
             if o.weight_decay and isinstance(o, AdamW):
-                keep = self.emit(R.subtract(_f32(1.0), self.emit(R.multiply(self.rate, _f32(o.weight_decay)))))
+                rate = self._as(self.rate, p)
+                keep = self.emit(R.subtract(_const(1.0, p), self.emit(R.multiply(rate, _const(o.weight_decay, p)))))
                 p_decayed = self.emit(R.multiply(p, keep))
             else:
                 p_decayed = p
             mean = self._moving("mean", name, p, g, beta1)
             square = self._moving("square", name, p, self.emit(R.multiply(g, g)), beta2)
-            denominator = self.emit(R.add(self.emit(R.divide(self.emit(R.sqrt(square)), root)), _f32(eps)))
-            step = self.emit(R.multiply(self.emit(R.divide(mean, denominator)), size))
+            denominator = self.emit(R.add(self.emit(R.divide(self.emit(R.sqrt(square)), self._as(root, p))), _const(eps, p)))
+            step = self.emit(R.multiply(self.emit(R.divide(mean, denominator)), self._as(size, p)))
             return self.emit(R.subtract(p_decayed, step))
 
         return rule
 
     def _moving(self, kind: str, name: str, p: relax.Var, value: relax.Expr, beta: float) -> relax.Expr:
         port, old = self._state(kind, name, p)
-        kept = self.emit(R.multiply(old, _f32(beta)))
-        self.results[port] = self.emit(R.add(kept, self.emit(R.multiply(value, _f32(1.0 - beta)))))
+        kept = self.emit(R.multiply(old, _const(beta, old)))
+        self.results[port] = self.emit(R.add(kept, self.emit(R.multiply(value, _const(1.0 - beta, old)))))
         return self.results[port]
 
     def _bias_corrections(self, beta1: float, beta2: float) -> tuple[relax.Expr, relax.Expr]:
@@ -148,11 +159,11 @@ class _Update:
         first, second = (self.emit(R.subtract(_f64(1.0), self.emit(R.power(_f64(beta), step)))) for beta in (beta1, beta2))
         size = self.emit(R.divide(self.emit(R.astype(self.rate, "float64")), first))
         root = self.emit(R.sqrt(second))
-        return self.emit(R.astype(size, "float32")), self.emit(R.astype(root, "float32"))
+        return size, root
 
 
-def _f32(value: float) -> relax.Constant:
-    return relax.const(value, "float32")
+def _const(value: float, like: relax.Expr) -> relax.Constant:
+    return relax.const(value, like.ty.dtype)
 
 
 def _f64(value: float) -> relax.Constant:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
+
+# Before PyTorch: its threads wait for each other by spinning, which takes seconds per call where something else runs beside.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 from tvm.ir.transform import PassContext
 from tvm.relax.ir.instrument import WellFormedInstrument

@@ -202,16 +202,16 @@ def gradient_departures(reference: Reference, step: tt.TrainStep) -> list[str]:
     return departures(ours, theirs, own) and departures(ours, exact, own) and wrong
 
 
-def assert_same_steps(reference: Reference, step: tt.TrainStep, steps: int, lr: float) -> None:
+def assert_same_steps(reference: Reference, step: tt.TrainStep, steps: int, lr: float, within: float = 1e-3) -> None:
     """Losses of plain SGD and the buffers afterwards, at a rate at which PyTorch agrees with itself ten times better."""
     sgd = functools.partial(torch.optim.SGD, lr=lr)
     theirs, model = reference.train(steps, sgd, threads=1)
     again, _ = reference.train(steps, sgd, threads=2)
-    assert np.max(np.abs(np.subtract(theirs, again))) <= 1e-4, f"PyTorch departs from itself at lr={lr}: no test"
+    assert np.max(np.abs(np.subtract(theirs, again))) <= within / 10, f"PyTorch departs from itself at lr={lr}: no test"
     ours = [step(reference.x, reference.y, lr=lr) for _ in range(steps)]
     state = step.state_dict()
     ours.append(step(reference.x, reference.y, lr=lr))
-    assert np.max(np.abs(np.subtract(ours, theirs))) <= 1e-3, f"losses {ours} and PyTorch's {theirs}"
+    assert np.max(np.abs(np.subtract(ours, theirs))) <= within, f"losses {ours} and PyTorch's {theirs}"
     buffers = {name: value.numpy() for name, value in model.state_dict().items() if name in dict(model.named_buffers())}
     wrong = departures(state, buffers)
     assert not wrong, "buffers after training differ:\n" + "\n".join(wrong[:12])

@@ -105,9 +105,9 @@ def _tensors(values: Any, what: str) -> tuple[torch.Tensor, ...]:
 def _check_parameters(module: nn.Module) -> None:
     named = list(module.named_parameters())
     for name, parameter in named:
-        if parameter.dtype != torch.float32:
+        if parameter.dtype not in (torch.float32, torch.float64):
             raise ModelError(
-                f"parameter {name}: got {parameter.dtype}, wanted torch.float32; call model.float() before tracing"
+                f"parameter {name}: got {parameter.dtype}, wanted torch.float32 (or float64); call model.float() before tracing"
             )
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ModelError(f"parameter {name} is lazy: run the model once before tracing")

@@ -196,6 +196,8 @@ class Translator(Converters):
         except Exception as error:  # TVM's importer raises whatever it stumbles over
             told = isinstance(error, UnsupportedOperatorError)
             self.refused.append(str(error) if told else f"{place_of(node)} could not be translated: {error}")
+            if any(not _is_static(value) for value in pytree.tree_leaves(node.meta.get("val"))):
+                raise UnsupportedOperatorError("\n".join(dict.fromkeys(self.refused))) from error
             # Zeros of its shape in its place: the rest of the model may hold more to refuse.
             self.env[node] = pytree.tree_map(self._zeros_of, node.meta.get("val"))
         self._record(self.env[node], place_of(node), places)
@@ -248,6 +250,11 @@ class Translator(Converters):
     def _own_converters(self) -> dict[str, Callable[[fx.Node], Any]]:
         named = {_target(name): getattr(self, name) for name in dir(self) if name.startswith("convert_")}
         return {**self.arithmetic_converters(), **named}
+
+
+def _is_static(value: Any) -> bool:
+    """Whether its shape is numbers alone; that of ``x[mask]`` depends on the data."""
+    return not isinstance(value, torch.Tensor) or all(isinstance(size, int) for size in value.shape)
 
 
 def _target(method: str) -> str:

@@ -14,6 +14,8 @@ from tvm.relax import op as R
 
 from tvmtrain.converters.base import Converter, four, one, pair, shape, shape_of
 
+_TORCH = {"float32": torch.float32, "float64": torch.float64}
+
 
 class Sampling(Converter):
     """What is linear and separable is a product with constant matrices, which differentiates exactly."""
@@ -23,14 +25,14 @@ class Sampling(Converter):
         height, width = shape(x)[-2:]
         if all(s == 1 for s in size):
             return self.emit(R.mean(x, [-2, -1], keepdims=True))
-        rows = F.adaptive_avg_pool2d(torch.eye(height)[None], (size[0], height))[0]
-        columns = F.adaptive_avg_pool2d(torch.eye(width)[None], (size[1], width))[0]
+        rows = F.adaptive_avg_pool2d(torch.eye(height, dtype=torch.float64)[None], (size[0], height))[0]
+        columns = F.adaptive_avg_pool2d(torch.eye(width, dtype=torch.float64)[None], (size[1], width))[0]
         return self._separable(x, rows, columns)
 
     def convert_adaptive_avg_pool1d__default(self, node: fx.Node) -> relax.Expr:
         x, size = self._args(node)
-        matrix = F.adaptive_avg_pool2d(torch.eye(shape(x)[-1])[None], (one(size), shape(x)[-1]))[0]
-        return self.emit(R.matmul(x, relax.const(matrix.T.contiguous().numpy())))
+        matrix = F.adaptive_avg_pool2d(torch.eye(shape(x)[-1], dtype=torch.float64)[None], (one(size), shape(x)[-1]))[0]
+        return self.emit(R.matmul(x, _matrix(matrix.T, x)))
 
     def convert_upsample_bilinear2d__vec(self, node: fx.Node) -> relax.Expr:
         return self._interpolate(node, node.target)
@@ -51,13 +53,14 @@ class Sampling(Converter):
         matrices = []
         for axis, (n, m) in enumerate(zip(shape(x)[-2:], out, strict=True)):
             scale = None if factors is None else [factors[axis], 1.0]
-            matrices.append(op(torch.eye(n)[None, None], [m, n] if size is not None else None, *options, scale)[0, 0])
+            identity = torch.eye(n, dtype=_TORCH[str(x.ty.dtype)])[None, None]
+            matrices.append(op(identity, [m, n] if size is not None else None, *options, scale)[0, 0])
         return self._separable(x, *matrices)
 
     def _separable(self, x: relax.Expr, rows: torch.Tensor, columns: torch.Tensor) -> relax.Expr:
         """rows @ x @ columns^T over the last two axes."""
-        wide = self.emit(R.matmul(x, relax.const(columns.T.contiguous().numpy())))
-        return self.emit(R.matmul(relax.const(rows.contiguous().numpy()), wide))
+        wide = self.emit(R.matmul(x, _matrix(columns.T, x)))
+        return self.emit(R.matmul(_matrix(rows, x), wide))
 
     def convert_avg_pool1d__default(self, node: fx.Node) -> relax.Expr:
         x, kernel, stride, padding, ceil_mode, include_pad = self._args(node)
@@ -111,3 +114,8 @@ class Sampling(Converter):
                 ceil_mode=bool(ceil_mode),
             )
         )
+
+
+def _matrix(values: torch.Tensor, like: relax.Expr) -> relax.Constant:
+    # TVM makes single precision of a double constant that is not told its dtype.
+    return relax.const(values.double().contiguous().numpy(), like.ty.dtype)
