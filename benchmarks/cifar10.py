@@ -92,7 +92,7 @@ def _accuracy(model: torch.nn.Module, test: data.Dataset) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=0.005)
+    parser.add_argument("--lr", type=float, default=0.002)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, default=10000, help="training images")
     parser.add_argument("-o", "--output", type=Path, help="folder for the artifact (default: a temporary one)")

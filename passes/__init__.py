@@ -6,7 +6,8 @@ tensors by the PyTorch names that the functions carry as attributes (``tvmtrain.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from tvm import relax
 from tvm.ir.transform import Sequential
@@ -14,24 +15,41 @@ from tvm.ir.transform import Sequential
 from tvmtrain.passes.append_optimizer import AppendOptimizer
 from tvmtrain.passes.differentiate import Differentiate
 from tvmtrain.passes.return_gradients import ReturnGradients
+from tvmtrain.passes.sparse_update import SparseUpdate
 from tvmtrain.passes.stop_gradients import StopGradients
 from tvmtrain.spec import Optimizer
 
 
-def pipeline(trained: Sequence[str], optimizer: Optimizer, *, gradients: bool = False) -> Sequential:
+@dataclass(frozen=True)
+class Training:
+    """What a step trains, by the names of parameters.
+
+    trained: parameters that the step updates. sparse: weight -> how many of its input channels are trained in a step; fixed: those
+    of them whose channels never change.
+    """
+
+    trained: Sequence[str]
+    sparse: Mapping[str, int] = field(default_factory=dict)
+    fixed: frozenset[str] = frozenset()
+
+
+def pipeline(training: Training, optimizer: Optimizer, *, gradients: bool = False) -> Sequential:
     """``forward`` (inputs, targets, state -> loss, outputs, new state) becomes ``train_step`` with its update.
 
     gradients: keep an entry that returns the gradients, to compare them with PyTorch's.
     """
+    trained = tuple(training.trained)
     return Sequential(
         [
-            # 1. The backward: only towards what is trained.
-            StopGradients(tuple(trained)),
-            Differentiate(tuple(trained)),
+            # 1. What of a weight is trained, and by which gradient.
+            SparseUpdate(training.sparse),
+            # 2. The backward: only towards what is trained.
+            StopGradients(trained),
+            Differentiate(trained),
             *([ReturnGradients()] if gradients else []),
-            # 2. The update.
-            AppendOptimizer(optimizer),
-            # 3. Names that only rename, and what nothing reads.
+            # 3. The update.
+            AppendOptimizer(optimizer, training.fixed),
+            # 4. Names that only rename, and what nothing reads.
             relax.transform.CanonicalizeBindings(),
             relax.transform.DeadCodeElimination(),
         ]

@@ -6,6 +6,7 @@ Rules are those of ``torch.optim`` (2.13), term for term; the learning rate is a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ from tvm import relax
 from tvm.ir.transform import PassContext, module_pass
 from tvm.relax import op as R
 
-from tvmtrain import signature
+from tvmtrain import operators, signature
 from tvmtrain.spec import SGD, Adam, AdamW, Optimizer
 
 Rule = Callable[[str, relax.Var, relax.Expr], relax.Expr]  # (name, parameter, gradient) -> new parameter
@@ -27,14 +28,20 @@ CLIP_EPSILON = 1e-6  # clip_grad_norm_'s own
 @module_pass(opt_level=0, name="AppendOptimizer")
 @dataclass(frozen=True)
 class AppendOptimizer:
-    """optimizer: which rule, with its constants. Its state becomes arguments and results, named ``optimizer:kind:parameter``."""
+    """optimizer: which rule, with its constants. Its state becomes arguments and results, named ``optimizer:kind:parameter``.
+
+    A gradient of some channels (``passes.views``) updates them and their state, and nothing else: the state of a channel that is
+    not chosen waits, where ``torch.optim`` would let it decay and go on moving the weight. fixed: weights whose channels never
+    change; they have state for those alone.
+    """
 
     optimizer: Optimizer
+    fixed: frozenset[str] = frozenset()
 
     def transform_module(self, mod: tvm.IRModule, _ctx: PassContext) -> tvm.IRModule:
         adjoint = mod["adjoint"]
         builder = relax.BlockBuilder(mod)
-        update = _Update(builder, self.optimizer)
+        update = _Update(builder, self.optimizer, self.fixed, signature.channels(adjoint))
         ports = signature.outputs(adjoint)
         with builder.function("train_step"):
             with builder.dataflow():
@@ -70,28 +77,71 @@ class _Update:
 
     builder: relax.BlockBuilder
     optimizer: Optimizer
+    fixed: frozenset[str] = frozenset()
+    channels: dict[str, relax.Var] = field(default_factory=dict)
     rate: relax.Var = field(default_factory=lambda: relax.Var("rate", relax.TensorType([], "float32")))
     state: dict[signature.Port, relax.Var] = field(default_factory=dict)
     results: dict[signature.Port, relax.Expr] = field(default_factory=dict)
+    slices: dict[str, tuple[relax.Expr, int]] = field(default_factory=dict)
+    sizes: dict[str, list[int]] = field(default_factory=dict)
     converted: dict[tuple[relax.Expr, str], relax.Var] = field(default_factory=dict)
 
     def run(self, parameters: dict[str, relax.Var], gradients: dict[str, relax.Expr]) -> None:
         if self.optimizer.clip_norm is not None:
-            gradients = self._clipped(gradients, self.optimizer.clip_norm)
+            gradients = self._clipped(gradients, parameters, self.optimizer.clip_norm)
         rule = self._sgd(self.optimizer) if isinstance(self.optimizer, SGD) else self._adam(self.optimizer)
+        self.sizes = {name: [int(d) for d in p.ty.shape] for name, p in parameters.items()}
         for name, gradient in gradients.items():
-            self.results[("parameter", name)] = rule(name, parameters[name], gradient)
+            self.results[("parameter", name)] = self._updated(rule, name, parameters[name], gradient)
+
+    def _updated(self, rule: Rule, name: str, p: relax.Var, gradient: relax.Expr) -> relax.Expr:
+        """The whole parameter after the update of what ``gradient`` is the gradient of."""
+        if name not in self.channels:
+            return rule(name, p, gradient)
+        self.slices[name] = _slice(self.builder, self.channels[name], p, gradient)
+        return self._put(name, p, rule(name, self._taken(name, p), gradient))
 
     def emit(self, value: relax.Expr) -> relax.Var:
         return self.builder.emit(value)
 
-    def _state(self, kind: str, name: str, like: relax.Var) -> tuple[signature.Port, relax.Var]:
-        port = ("optimizer", f"optimizer:{kind}:{name}")
-        self.state[port] = relax.Var(port[1], like.ty)
-        return port, self.state[port]
+    def _taken(self, name: str, whole: relax.Expr) -> relax.Expr:
+        index, axis = self.slices[name]
+        return self.emit(R.take(whole, index, axis=axis, mode="clip"))
 
-    def _clipped(self, gradients: dict[str, relax.Expr], limit: float) -> dict[str, relax.Expr]:
-        squares = [self.emit(R.sum(self.emit(R.multiply(g, g)))) for g in gradients.values()]
+    def _put(self, name: str, whole: relax.Expr, values: relax.Expr) -> relax.Expr:
+        index, axis = self.slices[name]
+        return self.emit(operators.put(whole, index, values, axis))
+
+    def _moved(self, kind: str, name: str, p: relax.Expr, g: relax.Expr, rule: Callable) -> relax.Expr:
+        """rule(old) of a state of p's gradient; the new state becomes a result."""
+        port = ("optimizer", f"optimizer:{kind}:{name}")
+        like = self._state_shape(name, p, g)
+        self.state[port] = old = relax.Var(port[1], relax.TensorType(like, p.ty.dtype))
+        if name not in self.slices or name in self.fixed:
+            self.results[port] = new = rule(old)
+            return new
+        new = rule(self._taken(name, old))
+        self.results[port] = self._put(name, old, new)
+        return new
+
+    def _state_shape(self, name: str, p: relax.Expr, g: relax.Expr) -> list[int]:
+        """That of the gradient, which may be one number for all taps of a kernel; all channels, where they take turns."""
+        shape = [int(d) for d in g.ty.shape]
+        if name in self.slices and name not in self.fixed:
+            axis = self.slices[name][1]
+            shape[axis] = self.sizes[name][axis]
+        return shape
+
+    def _square_sum(self, g: relax.Expr, p: relax.Var) -> relax.Expr:
+        """The sum of squares of a gradient that may be one number for all taps of a kernel."""
+        total = self.emit(R.sum(self.emit(R.multiply(g, g))))
+        taps = math.prod(int(n) for n, m in zip(list(p.ty.shape)[2:], list(g.ty.shape)[2:], strict=True) if int(m) == 1)
+        return total if taps == 1 else self.emit(R.multiply(total, _const(float(taps), total)))
+
+    def _clipped(
+        self, gradients: dict[str, relax.Expr], parameters: dict[str, relax.Var], limit: float
+    ) -> dict[str, relax.Expr]:
+        squares = [self._square_sum(g, parameters[name]) for name, g in gradients.items()]
         total = squares[0]
         for square in squares[1:]:
             total = self.emit(R.add(total, self._as(square, total)))
@@ -115,9 +165,7 @@ class _Update:
             if o.weight_decay:
                 g = self.emit(R.add(g, self.emit(R.multiply(p, _const(o.weight_decay, p)))))
             if o.momentum:
-                port, old = self._state("momentum", name, p)
-                buffer = self.emit(R.add(self.emit(R.multiply(old, _const(o.momentum, p))), g))
-                self.results[port] = buffer
+                buffer = self._moved("momentum", name, p, g, lambda old: self._sum(old, o.momentum, g))
                 g = self.emit(R.add(g, self.emit(R.multiply(buffer, _const(o.momentum, p))))) if o.nesterov else buffer
             return self.emit(R.subtract(p, self.emit(R.multiply(g, self._as(self.rate, p)))))
 
@@ -137,19 +185,20 @@ class _Update:
                 p_decayed = self.emit(R.multiply(p, keep))
             else:
                 p_decayed = p
-            mean = self._moving("mean", name, p, g, beta1)
-            square = self._moving("square", name, p, self.emit(R.multiply(g, g)), beta2)
+            mean = self._moved("mean", name, p, g, lambda old: self._blend(old, beta1, g))
+            squared = self.emit(R.multiply(g, g))
+            square = self._moved("square", name, p, g, lambda old: self._blend(old, beta2, squared))
             denominator = self.emit(R.add(self.emit(R.divide(self.emit(R.sqrt(square)), self._as(root, p))), _const(eps, p)))
             step = self.emit(R.multiply(self.emit(R.divide(mean, denominator)), self._as(size, p)))
             return self.emit(R.subtract(p_decayed, step))
 
         return rule
 
-    def _moving(self, kind: str, name: str, p: relax.Var, value: relax.Expr, beta: float) -> relax.Expr:
-        port, old = self._state(kind, name, p)
-        kept = self.emit(R.multiply(old, _const(beta, old)))
-        self.results[port] = self.emit(R.add(kept, self.emit(R.multiply(value, _const(1.0 - beta, old)))))
-        return self.results[port]
+    def _sum(self, old: relax.Expr, factor: float, value: relax.Expr) -> relax.Expr:
+        return self.emit(R.add(self.emit(R.multiply(old, _const(factor, old))), value))
+
+    def _blend(self, old: relax.Expr, beta: float, value: relax.Expr) -> relax.Expr:
+        return self._sum(old, beta, self.emit(R.multiply(value, _const(1.0 - beta, old))))
 
     def _bias_corrections(self, beta1: float, beta2: float) -> tuple[relax.Expr, relax.Expr]:
         """(lr / (1 - beta1^t), sqrt(1 - beta2^t)) in double precision: in single, 1 - 0.999 has lost four digits."""
@@ -160,6 +209,14 @@ class _Update:
         size = self.emit(R.divide(self.emit(R.astype(self.rate, "float64")), first))
         root = self.emit(R.sqrt(second))
         return size, root
+
+
+def _slice(builder: relax.BlockBuilder, channels: relax.Var, p: relax.Var, gradient: relax.Expr) -> tuple[relax.Expr, int]:
+    """(places, axis) of the chosen channels in a weight: axis 1, or the outputs on axis 0 of a depthwise convolution."""
+    if len(p.ty.shape) < 4 or int(p.ty.shape[1]) != 1:
+        return channels, 1
+    each = int(gradient.ty.shape[0]) // int(channels.ty.shape[0])
+    return operators.outputs_of(channels, each, builder), 0
 
 
 def _const(value: float, like: relax.Expr) -> relax.Constant:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import tvm
 from tvm import relax
+from tvm.ir import Op
 from tvm.ir.transform import PassContext, module_pass
 
-from tvmtrain import autodiff, signature
+from tvmtrain import autodiff, operators, signature
 
 
 @module_pass(opt_level=0, name="Differentiate")
@@ -20,12 +21,12 @@ class Differentiate:
 
     def transform_module(self, mod: tvm.IRModule, _ctx: PassContext) -> tvm.IRModule:
         forward = mod["forward"]
-        variables = signature.parameters(forward)
+        variables = signature.differentiable(forward)
         wrt = [variables[name] for name in self.trained]
         mod = relax.transform.Gradient("forward", wrt, target_index=0)(mod)
         function = _flat(_Unmark().visit_expr(mod["forward_adjoint"]))
         ports = signature.outputs(forward) + [("gradient", name) for name in self.trained]
-        function = signature.with_ports(function, signature.inputs(forward), ports)
+        function = _without_views(function, signature.inputs(forward), ports)
         for name in ("forward", "forward_adjoint"):
             del mod[mod.get_global_var(name)]
         mod["adjoint"] = function.with_attr("global_symbol", "adjoint")
@@ -34,10 +35,24 @@ class Differentiate:
 
 @relax.expr_functor.mutator
 class _Unmark(relax.PyExprMutator):
-    """The marks of StopGradients have done their work: ``no_grad(x)`` is x."""
+    """The marks of StopGradients and the views have done their work: ``no_grad(x)`` is x, a viewed layer a plain one."""
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
-        return self.visit_expr(call.args[0]) if autodiff.stops(call) else super().visit_call_(call)
+        if autodiff.stops(call):
+            return self.visit_expr(call.args[0])
+        if call.op == Op.get(operators.VIEWED_CONV):
+            return self.visit_expr(operators.plain_conv2d(call))
+        if call.op == Op.get(operators.VIEWED_LINEAR):
+            return self.visit_expr(operators.plain_linear(call))
+        return super().visit_call_(call)
+
+
+def _without_views(function: relax.Function, inputs: list[signature.Port], outputs: list[signature.Port]) -> relax.Function:
+    """``function`` without the parameters that only had a gradient."""
+    kept = [i for i, (role, _) in enumerate(inputs) if role != "view"]
+    params = [function.params[i] for i in kept]
+    function = relax.Function(params, function.body, function.ret_ty, function.is_pure, function.attrs)
+    return signature.with_ports(function, [inputs[i] for i in kept], outputs)
 
 
 def _flat(function: relax.Function) -> relax.Function:

@@ -27,7 +27,7 @@ class StopGradients:
 
     def transform_module(self, mod: tvm.IRModule, _ctx: PassContext) -> tvm.IRModule:
         forward = mod["forward"]
-        variables = signature.parameters(forward)
+        variables = signature.differentiable(forward)
         tracked = {variables[name] for name in self.trained}
         builder = relax.BlockBuilder(mod)
         stops: dict[relax.Var, relax.Var] = {}

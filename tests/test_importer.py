@@ -285,7 +285,7 @@ X, Y = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((nn.Linear(3, 3).double(), X.double(), Y), {}, "float64.*model.float"),
+        ((nn.Linear(3, 3).half(), X.half(), Y), {}, "float16.*model.float"),
         ((nn.Linear(3, 3).half(), X.half(), Y), {}, "float16"),
         ((nn.ReLU(), X, Y), {}, "no parameters"),
         ((nn.Linear(2, 3), X, Y), {}, "torch.export"),

@@ -417,6 +417,36 @@ def _conv2d(y: relax.Var, call: relax.Call, gy: relax.Var, _: relax.BlockBuilder
     return [operators.conv2d_dgrad(call, gy), operators.conv2d_wgrad(call, gy)]
 
 
+@rule(operators.VIEWED_CONV)
+def _viewed_conv2d(y: relax.Var, call: relax.Call, gy: relax.Var, bb: relax.BlockBuilder) -> list[relax.Expr]:
+    """dX is exact; dW is that of the view's channels of x alone (Li and Chang, 2024; Lin et al., 2022, section 3.2)."""
+    x, _, view, *channels = call.args
+    plain = operators.plain_conv2d(call)
+    dx = operators.conv2d_dgrad(plain, gy)
+    groups, filters = int(call.attrs["groups"]), _shape(gy)[1]
+    if not channels:
+        return _rest_no_grad(call, dx, R.grad.no_grad(call.args[1]), operators.conv2d_wgrad(plain, gy))
+    if groups > 1:  # depthwise: a channel of x has its own channels of y
+        gy, groups = (
+            bb.emit(R.take(gy, operators.outputs_of(channels[0], filters // groups, bb), axis=1, mode="clip")),
+            _shape(view)[0],
+        )
+        groups //= filters // _shape(x)[1]
+    kept = bb.emit(R.take(x, channels[0], axis=1, mode="clip"))
+    dview = operators.wgrad(kept, gy, {**operators.geometry_of(call), "groups": groups}, _shape(view))
+    return _rest_no_grad(call, dx, R.grad.no_grad(call.args[1]), dview)
+
+
+@rule(operators.VIEWED_LINEAR)
+def _viewed_linear(y: relax.Var, call: relax.Call, gy: relax.Var, bb: relax.BlockBuilder) -> list[relax.Expr]:
+    """dX is exact; dW is that of the view's columns: G^T @ x[..., channels]."""
+    x, w, _, channels = call.args
+    rows, width = math.prod(_shape(x)[:-1]), _shape(channels)[0]
+    kept = R.reshape(bb.emit(R.take(x, channels, axis=len(_shape(x)) - 1, mode="clip")), [rows, width])
+    dview = R.matmul(_swap(bb.normalize(R.reshape(gy, [rows, _shape(gy)[-1]]))), kept)
+    return _rest_no_grad(call, R.matmul(gy, w), R.grad.no_grad(w), dview)
+
+
 @rule(operators.DGRAD)
 def _dgrad(y: relax.Var, call: relax.Call, g: relax.Var, _: relax.BlockBuilder) -> list[relax.Expr]:
     """A transposed convolution is a dgrad: its own gradients are the convolution and the wgrad."""

@@ -52,7 +52,21 @@ class TrainGraph:
 
     def module(self, *, gradients: bool = False) -> tvm.IRModule:
         """The functions ``train_step``, ``predict`` and ``loss``; with ``gradients``, an entry that returns them, too."""
-        return passes.pipeline(self.trained, self.optimizer, gradients=gradients)(self.imported.module)
+        return passes.pipeline(self._training(), self.optimizer, gradients=gradients)(self.imported.module)
+
+    def _training(self) -> passes.Training:
+        """What the plan asks for, by parameter."""
+        sparse: dict[str, int] = {}
+        fixed: set[str] = set()
+        for layer in self.layers:
+            update = self.plan.layers.get(layer.name) if self.plan is not None else None
+            weight = next((name for name in layer.parameters if name in self.trained and name.endswith("weight")), None)
+            if update is None or weight is None:
+                continue
+            if 0 < update.weight < 1:
+                sparse[weight] = layer.channels_of(update.weight)
+                fixed |= {weight} if update.select in ("first", "magnitude") else set()
+        return passes.Training(self.trained, sparse, frozenset(fixed))
 
     def entries(self, module: tvm.IRModule) -> tuple[Entry, ...]:
         """What the functions of ``module`` take and return."""
@@ -90,11 +104,12 @@ def trace(
 def _trained_of(layer: Layer, update: LayerUpdate | None) -> list[str]:
     if update is None:
         return []
-    if update.filter is not None or update.weight not in (0.0, 1.0):
+    if update.filter is not None:
         raise PlanError(
-            f"update plan, layer {layer.name!r}: shares of channels and gradient filtering are not available in this version; "
-            "use weight = 0 or 1 and no filter"
+            f"update plan, layer {layer.name!r}: gradient filtering is not available in this version; use no filter"
         )
+    if 0 < update.weight < 1 and layer.kind not in ("conv2d", "linear"):
+        raise PlanError(f"update plan, layer {layer.name!r}: a {layer.kind} has no share of channels; use weight = 0 or 1")
     weights = [name for name in layer.parameters if not name.endswith("bias")]
     biases = [name for name in layer.parameters if name.endswith("bias")]
     return (weights if update.weight else []) + (biases if update.bias else [])

@@ -8,11 +8,12 @@ Layouts are PyTorch's: activations [N, C, H, W], weights [O, I/groups, Kh, Kw].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tvm
-from tvm import relax
+from tvm import relax, te, tirx
 from tvm.ir import Op
 from tvm.ir import _ffi_api as _ir_ffi
 from tvm.ir.op import register_op_attr
@@ -23,6 +24,9 @@ HARDTANH = "tvmtrain.hardtanh"
 NORMALIZE = "tvmtrain.normalize"
 DGRAD = "tvmtrain.conv2d_dgrad"
 WGRAD = "tvmtrain.conv2d_wgrad"
+VIEWED_CONV = "tvmtrain.viewed_conv2d"
+VIEWED_LINEAR = "tvmtrain.viewed_linear"
+PUT = "tvmtrain.put"
 
 
 def _first_type_with_shape(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TensorType:
@@ -31,6 +35,15 @@ def _first_type_with_shape(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.
 
 def _type_of_argument(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TensorType:
     return call.args[0].ty
+
+
+def _viewed_conv_type(call: relax.Call, ctx: relax.BlockBuilder) -> relax.TensorType:
+    return ctx.normalize(plain_conv2d(call)).ty
+
+
+def _viewed_linear_type(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TensorType:
+    x, w = call.args[:2]
+    return relax.TensorType([*list(x.ty.shape)[:-1], w.ty.shape[0]], x.ty.dtype)
 
 
 def _normalize_type(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TupleType:
@@ -48,6 +61,9 @@ def _register(name: str, doc: str, infer: Callable[[relax.Call, relax.BlockBuild
 
 _register(DGRAD, "gradient of conv2d with respect to its input", _first_type_with_shape)
 _register(WGRAD, "gradient of conv2d with respect to its weight", _first_type_with_shape)
+_register(VIEWED_CONV, "conv2d, of whose weight a view is trained", _viewed_conv_type)
+_register(VIEWED_LINEAR, "x @ w^T, of whose weight a view is trained", _viewed_linear_type)
+_register(PUT, "a tensor with some of its slices replaced", _type_of_argument)
 _register(HARDTANH, "clip, without a gradient at its bounds", _type_of_argument)
 _register(NORMALIZE, "(x - mean) / sqrt(var + eps) with its statistics", _normalize_type)
 
@@ -128,3 +144,94 @@ def _legalize_normalize(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     var = bb.emit(R.mean(bb.emit(R.multiply(centred, centred)), axes, keepdims=True))
     rstd = bb.emit(R.rsqrt(bb.emit(R.add(var, relax.const(float(call.attrs["eps"]), x.ty.dtype)))))
     return relax.Tuple([bb.emit(R.multiply(centred, rstd)), mean, var])
+
+
+def viewed_conv2d(
+    x: relax.Expr,
+    w: relax.Expr,
+    view: relax.Var,
+    channels: relax.Var | None,
+    geometry: Mapping[str, Any],
+    patch: tuple[int, int] | None = None,
+    scaling: str = "unbiased",
+) -> relax.Call:
+    """conv2d(x, w), differentiated towards ``view`` instead of ``w``: what of the weight is trained, and how (``passes.views``).
+
+    view: [O, k, Kh, Kw], or [O, k, 1, 1] where gradients are filtered; never read. channels: the k input channels of the view
+    ([k] int32), None for all. geometry: strides, padding (4), dilation, groups. patch: of gradient filtering, None for exact gradients.
+    """
+    attrs = _attrs(**_plain(geometry), patch=list(patch or ()), scaling=scaling)
+    return relax.Call(Op.get(VIEWED_CONV), [x, w, view, *([channels] if channels is not None else [])], attrs)
+
+
+def viewed_linear(x: relax.Expr, w: relax.Expr, view: relax.Var, channels: relax.Var) -> relax.Call:
+    """x [..., I] @ w^T [O, I], differentiated towards ``view`` [O, k]: the columns ``channels`` ([k] int32) of ``w``."""
+    return relax.Call(Op.get(VIEWED_LINEAR), [x, w, view, channels], _attrs())
+
+
+def wgrad(x: relax.Expr, gy: relax.Expr, geometry: Mapping[str, Any], shape: Sequence[int]) -> relax.Call:
+    """dW, of ``shape``, of a convolution with ``geometry`` for which x [N, C, H, W] and gy [N, O, Ho, Wo] are given."""
+    return relax.Call(Op.get(WGRAD), [x, gy], _attrs(**_plain(geometry), shape=[int(d) for d in shape]))
+
+
+def outputs_of(channels: relax.Expr, each: int, bb: relax.BlockBuilder) -> relax.Expr:
+    """The output channels [k * each] of the input channels [k] of a depthwise convolution with ``each`` outputs per channel."""
+    if each == 1:
+        return channels
+    count = int(channels.ty.shape[0])
+    first = bb.emit(R.reshape(R.multiply(channels, relax.const(each, "int32")), [count, 1]))
+    both = bb.emit(R.add(first, relax.const(np.arange(each, dtype="int32")[None])))
+    return bb.emit(R.reshape(both, [count * each]))
+
+
+def geometry_of(call: relax.Call) -> dict[str, Any]:
+    """strides, padding, dilation and groups of a convolution of Relax's or of ours."""
+    read = call.attrs.__getitem__ if isinstance(call.attrs, tvm.ir.DictAttrs) else lambda key: getattr(call.attrs, key)
+    return _plain({key: read(key) for key in ("strides", "padding", "dilation", "groups")})
+
+
+def _plain(geometry: Mapping[str, Any]) -> dict[str, Any]:
+    lists = {key: [int(v) for v in geometry[key]] for key in ("strides", "padding", "dilation")}
+    return {**lists, "groups": int(geometry["groups"])}
+
+
+def plain_conv2d(viewed: relax.Call) -> relax.Call:
+    """The convolution that a ``viewed_conv2d`` computes."""
+    return R.nn.conv2d(viewed.args[0], viewed.args[1], **geometry_of(viewed))
+
+
+def plain_linear(viewed: relax.Call) -> relax.Call:
+    """The product that a ``viewed_linear`` computes."""
+    return R.linear(viewed.args[0], viewed.args[1])
+
+
+register_legalize(VIEWED_CONV, lambda _bb, call: plain_conv2d(call))
+register_legalize(VIEWED_LINEAR, lambda _bb, call: plain_linear(call))
+
+
+def put(x: relax.Expr, index: relax.Expr, values: relax.Expr, axis: int) -> relax.Call:
+    """x with ``values`` in the slices ``index`` ([k] int32, no number twice) along ``axis``."""
+    return relax.Call(Op.get(PUT), [x, index, values], _attrs(axis=axis))
+
+
+@register_legalize(PUT)
+def _legalize_put(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    """Every place of x is written from that place alone, so that the result may take the place of x."""
+    axis = int(call.attrs["axis"])
+
+    def kernel(x: te.Tensor, index: te.Tensor, values: te.Tensor) -> te.Tensor:
+        j = te.reduce_axis((0, index.shape[0]), "j")
+        none = tirx.const(-1, "int32")
+        at = te.compute(
+            (x.shape[axis],),
+            lambda c: te.max(tirx.Select(index[j] == tirx.Cast(index.dtype, c), tirx.Cast("int32", j), none), axis=[j]),
+            name="at",
+        )
+
+        def element(*i: tirx.Var) -> tirx.PrimExpr:
+            place = at[i[axis]]
+            return tirx.if_then_else(place >= 0, values(*i[:axis], tirx.max(place, 0), *i[axis + 1 :]), x(*i))
+
+        return te.compute(x.shape, element, name="put")
+
+    return bb.call_te(kernel, *call.args, primfunc_name_hint="put")

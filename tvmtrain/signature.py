@@ -41,6 +41,17 @@ def parameters(function: relax.Function) -> dict[str, relax.Var]:
     return {name: var for (role, name), var in zip(inputs(function), function.params, strict=True) if role == "parameter"}
 
 
+def differentiable(function: relax.Function) -> dict[str, relax.Var]:
+    """PyTorch name -> the variable towards which a parameter is differentiated: its view (``passes.views``), else itself."""
+    views = {name: var for (role, name), var in zip(inputs(function), function.params, strict=True) if role == "view"}
+    return parameters(function) | views
+
+
+def channels(function: relax.Function) -> dict[str, relax.Var]:
+    """Weight name -> the variable that says which of its channels are trained in this step."""
+    return {name: var for (role, name), var in zip(inputs(function), function.params, strict=True) if role == "channels"}
+
+
 def entry(name: str, function: relax.Function) -> Entry:
     """The manifest's description of a function."""
     results = function.ret_ty.fields

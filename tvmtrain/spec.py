@@ -116,6 +116,15 @@ class Layer:
     macs: int
     saved_bytes: int
 
+    @property
+    def channels(self) -> int:
+        """Input channels of a convolution or linear layer: what a share of its weight is a share of."""
+        return self.input_shape[1 if self.kind == "conv2d" else -1]
+
+    def channels_of(self, share: float) -> int:
+        """How many channels a share of them is: the nearest whole number, at least one."""
+        return max(1, round(share * self.channels))
+
 
 # ---- update plans ----
 
