@@ -14,6 +14,8 @@ from tvm.ir.transform import Sequential
 
 from tvmtrain.passes.append_optimizer import AppendOptimizer
 from tvmtrain.passes.differentiate import Differentiate
+from tvmtrain.passes.drop_unread import DropUnread
+from tvmtrain.passes.prune_frozen import PruneFrozen
 from tvmtrain.passes.return_gradients import ReturnGradients
 from tvmtrain.passes.sparse_update import SparseUpdate
 from tvmtrain.passes.stop_gradients import StopGradients
@@ -41,16 +43,19 @@ def pipeline(training: Training, optimizer: Optimizer, *, gradients: bool = Fals
     trained = tuple(training.trained)
     return Sequential(
         [
-            # 1. What of a weight is trained, and by which gradient.
+            # 1. What nothing trains is inference.
+            PruneFrozen(trained),
+            # 2. What of a weight is trained, and by which gradient.
             SparseUpdate(training.sparse),
-            # 2. The backward: only towards what is trained.
+            # 3. The backward: only towards what is trained.
             StopGradients(trained),
             Differentiate(trained),
             *([ReturnGradients()] if gradients else []),
-            # 3. The update.
+            # 4. The update.
             AppendOptimizer(optimizer, training.fixed),
-            # 4. Names that only rename, and what nothing reads.
+            # 5. Names that only rename, and what nothing reads.
             relax.transform.CanonicalizeBindings(),
             relax.transform.DeadCodeElimination(),
+            DropUnread(),
         ]
     )

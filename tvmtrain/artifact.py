@@ -38,7 +38,8 @@ PLAN = "plan.toml"
 
 MODEL_ROLES = ("parameter", "buffer")
 STATE_ROLES = (*MODEL_ROLES, "optimizer", "random")
-ROLES = ("input", "target", "rate", "loss", "output", "gradient", *STATE_ROLES)
+ROLES = ("input", "target", "rate", "loss", "output", "gradient", "prepared", *STATE_ROLES)
+PREPARE = "prepare"  # the entry that makes what other entries take as "prepared", from parameters and buffers alone
 LOSSES = ("cross_entropy", "mse", "bce_with_logits", "custom")
 REQUIRED_ENTRIES = ("train_step", "predict", "loss")
 DTYPES = ("float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool")
@@ -529,6 +530,10 @@ def _check_entries(manifest: Manifest) -> None:
         taken = {spec.key for spec in entry.inputs}
         if new := [spec.name for spec in entry.outputs if spec.role in STATE_ROLES and spec.key not in taken]:
             raise ArtifactError(f"entry {entry.name!r} returns state that it does not take: {', '.join(new)}")
+    made = {spec.key for entry in manifest.entries if entry.name == PREPARE for spec in entry.outputs}
+    wanted = {spec.key for entry in manifest.entries for spec in entry.inputs if spec.role == "prepared"}
+    if missing := sorted(name for _, name in wanted - made):
+        raise ArtifactError(f"no entry {PREPARE!r} makes what others take as prepared: {', '.join(missing)}")
     for name, side, role in (("train_step", "inputs", "rate"), ("train_step", "outputs", "loss"), ("loss", "outputs", "loss")):
         scalars = [spec.shape for spec in getattr(manifest.named[name], side) if spec.role == role]
         if scalars != [()]:

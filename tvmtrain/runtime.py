@@ -103,7 +103,7 @@ class TrainStep:
         self._configured = threading.local()
         self._use_threads()
         self._functions = _functions(module, manifest)
-        self._moment = _Moment({name: tvm.runtime.tensor(value) for name, value in state.items()}, 0)
+        self._moment = self._prepared({name: tvm.runtime.tensor(value) for name, value in state.items()}, 0)
         self._outputs: list[Any] = []
 
     @property
@@ -195,7 +195,7 @@ class TrainStep:
                     f"{given!r} is tied to {name!r} in this model, and they have different values; give one of them"
                 )
         tensors = {name: tvm.runtime.tensor(array) for name, array in new.items()}
-        self._moment = _Moment(self._moment.tensors | tensors, self.steps)
+        self._moment = self._prepared(self._moment.tensors | tensors, self.steps)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all state to one file, so that ``restore`` and the steps after it give the same bits as going on from here.
@@ -203,19 +203,28 @@ class TrainStep:
         A kill at any moment leaves the old file or the new one. Raises ``StorageError`` where it cannot be written.
         """
         moment = self._moment
-        values = {name: tensor.numpy() for name, tensor in moment.tensors.items()}
+        values = {name: moment.tensors[name].numpy() for name in self.manifest.state}
         artifact.write_checkpoint(path, values, moment.steps, self.manifest.versions.get("tvmtrain", "unknown"))
 
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Take all state from a file of ``save``. Raises ``CheckpointError``, and nothing has changed, if it does not fit."""
         values, steps = artifact.read_checkpoint(path, self.manifest.state)
-        self._moment = _Moment({name: tvm.runtime.tensor(value) for name, value in values.items()}, steps)
+        self._moment = self._prepared({name: tvm.runtime.tensor(value) for name, value in values.items()}, steps)
 
     def _run(self, entry: Entry, given: Mapping[tuple[str, str], Any]) -> list[tuple[TensorSpec, Any]]:
         self._use_threads()
         tensors = self._moment.tensors
-        arguments = [tensors[spec.name] if spec.role in STATE_ROLES else given[spec.key] for spec in entry.inputs]
+        arguments = [given[spec.key] if spec.key in given else tensors[spec.name] for spec in entry.inputs]
         return list(zip(entry.outputs, self._functions[entry.name](*arguments), strict=True))
+
+    def _prepared(self, tensors: Tensors, steps: int) -> _Moment:
+        """These weights with what the compiled step has of the frozen ones: folded once, here, and not in every step."""
+        entry = self.manifest.named.get(artifact.PREPARE)
+        if entry is None:
+            return _Moment(tensors, steps)
+        self._use_threads()
+        made = self._functions[entry.name](*[tensors[spec.name] for spec in entry.inputs])
+        return _Moment(tensors | {spec.name: value for spec, value in zip(entry.outputs, made, strict=True)}, steps)
 
     def _use_threads(self) -> None:
         """Each thread of Python that calls TVM has a pool of its own, to be configured before its first use."""

@@ -24,6 +24,10 @@ def with_ports(function: relax.Function, inputs: Iterable[Port], outputs: Iterab
     return function.with_attrs({INPUTS: [" ".join(port) for port in inputs], OUTPUTS: [" ".join(port) for port in outputs]})
 
 
+def has_ports(function: relax.Function) -> bool:
+    return function.attrs is not None and INPUTS in function.attrs
+
+
 def inputs(function: relax.Function) -> list[Port]:
     return _ports(function.attrs[INPUTS])
 

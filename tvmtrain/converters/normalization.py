@@ -66,8 +66,8 @@ class Normalization(Converter):
         self, x: relax.Expr, gamma: Any, beta: Any, mean: relax.Expr, var: relax.Expr, eps: float
     ) -> relax.Expr:
         channels = shape(x)[1]
-        gamma = gamma if gamma is not None else relax.const(np.ones(channels, str(x.ty.dtype)))
-        beta = beta if beta is not None else relax.const(np.zeros(channels, str(x.ty.dtype)))
+        gamma = gamma if gamma is not None else relax.const(np.ones(channels), x.ty.dtype)
+        beta = beta if beta is not None else relax.const(np.zeros(channels), x.ty.dtype)
         call = R.nn.batch_norm(x, gamma, beta, mean, var, axis=1, epsilon=eps, training=False)
         return self.emit(relax.TupleGetItem(self.emit(call), 0))
 
