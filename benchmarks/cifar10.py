@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from models import cifar10, data_folder
+from networks import cifar10, data_folder
 
 from tvmtrain import artifact, data, training
 
@@ -48,7 +48,7 @@ def tvmtrain(*arguments: object) -> dict:
 
 def compiled(folder: Path, source: Path, options: argparse.Namespace) -> Result:
     """The fine-tuning by the command line alone."""
-    factory = f"{Path(__file__).with_name('models.py')}:cifar10"
+    factory = f"{Path(__file__).with_name('networks.py')}:cifar10"
     tvmtrain("compile", factory, "-o", folder, "--optimizer", "sgd", "--momentum", MOMENTUM, "--lr", options.lr)
     plan = ["--epochs", options.epochs, "--lr", options.lr, "--schedule", "cosine", "--shuffle", "--seed", options.seed]
     normal = ["--mean", 0.5, "--std", 0.5]

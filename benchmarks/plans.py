@@ -1,4 +1,4 @@
-"""Update plans of the papers, as TOML files for the models in ``models.py``.
+"""Update plans of the papers, as TOML files for the models in ``networks.py``.
 
     python benchmarks/plans.py -o benchmarks/plans
 
@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import models
+import networks
 
 import tvmtrain as tt
 from tvmtrain.spec import Layer, LayerUpdate, UpdatePlan
@@ -76,7 +76,7 @@ def filtered(layers: Sequence[Layer], count: int, patch: int | None) -> UpdatePl
 
 
 def published(name: str, layers: Sequence[Layer]) -> dict[str, UpdatePlan]:
-    """File name -> plan, of one of the factories in ``models.py``."""
+    """File name -> plan, of one of the factories in ``networks.py``."""
     plans = {f"{name}-last{count}-filtered": filtered(layers, count, 2) for count in (2, 4)}
     for row in MCUNETV3.get(name, ()):
         static = mcunetv3(layers, row)
@@ -92,7 +92,7 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     for name in ("mobilenetv2", "resnet18", "mcunet", "mcu_mobilenetv2"):
-        graph = tt.trace(*getattr(models, name)(batch=1))
+        graph = tt.trace(*getattr(networks, name)(batch=1))
         for file, plan in published(name, graph.layers).items():
             (options.output / f"{file}.toml").write_text(plan.to_toml(), encoding="utf-8")
             print(options.output / f"{file}.toml")
