@@ -1,0 +1,299 @@
+"""What a training step costs, layer by layer: operations, and what the forward keeps for the backward. Tables of it.
+
+Counting rules. Operations: 2 for each multiply-add of a convolution or a matrix product (taps that fall on padding count), 1 for
+each number that a sum or mean adds up; elementwise work is left out. Bytes: float features and masks that the backward reads and the
+forward made, each as the smallest thing that will do (a mask, summed patches or gathered channels instead of what they are made
+from), views counted once; parameters and the step's own inputs are not kept by the step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from tvm import relax
+from tvm.ir import Op
+
+from tvmtrain import operators, signature
+
+PRODUCTS = ("relax.nn.conv2d", operators.DGRAD, operators.WGRAD, "relax.matmul")
+SUMS = ("relax.sum", "relax.mean", "tvmtrain.patch_sum", "tvmtrain.patch_mean")
+VIEWS = ("relax.reshape", "relax.expand_dims", "relax.squeeze", "relax.flatten")
+# What lies between a weight's gradient and the product that makes it.
+AFTER_WGRAD = (*VIEWS, "relax.permute_dims", "relax.add", "relax.multiply", "relax.divide")
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """trained: numbers that a step updates; kept: bytes of its input that its weight gradient keeps; flops: of its backward."""
+
+    name: str
+    kind: str
+    trained: int
+    kept: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One training step. Bytes; ``arena`` is what the compiled step allocates for all that lives shorter than a step."""
+
+    forward_flops: int
+    backward_flops: int
+    saved_features: int
+    saved_masks: int
+    arena: int
+    parameters: int
+    optimizer_state: int
+    layers: tuple[LayerCost, ...]
+    against: Summary | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        columns = [
+            "",
+            *(["before"] if self.against else []),
+            "after" if self.against else "",
+            *(["ratio"] if self.against else []),
+        ]
+        rows = [self._row(name) for name in FIGURES]
+        return "\n".join([*_aligned([columns, *rows]), "", *_aligned(self._layer_rows())])
+
+    def _row(self, name: str) -> list[str]:
+        show = _flops if name.endswith("flops") else _bytes
+        value = getattr(self, name)
+        if self.against is None:
+            return [FIGURES[name], show(value)]
+        before = getattr(self.against, name)
+        return [FIGURES[name], show(before), show(value), f"{value / before:.3f}" if before else ""]
+
+    def _layer_rows(self) -> list[list[str]]:
+        rows = [
+            [c.name, c.kind, f"{c.trained:,}", _bytes(c.kept), _flops(c.flops)] for c in self.layers if c.trained or c.flops
+        ]
+        return [["layer", "kind", "trained", "kept", "backward"], *rows]
+
+
+FIGURES = {
+    "forward_flops": "forward",
+    "backward_flops": "backward",
+    "saved_features": "saved features",
+    "saved_masks": "saved masks",
+    "arena": "arena",
+    "parameters": "parameters",
+    "optimizer_state": "optimizer state",
+}
+
+
+def _flops(count: int) -> str:
+    return f"{count / 1e6:,.2f} MFLOP"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1024:,.1f} KB"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines; the first column to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in rows
+    ]
+
+
+# ---- reading a function ----
+
+
+@dataclass
+class Flow:
+    """Which bindings of a function with results (loss, gradients ..) are forward, which need a gradient, and which neither.
+
+    ``forward``: what the loss is made of. ``gradient``: what depends on the loss's own gradient. ``early``: the rest, which the
+    backward makes of forward values and parameters alone.
+    """
+
+    values: dict[relax.Var, relax.Expr]
+    forward: set[relax.Var] = field(default_factory=set)
+    gradient: set[relax.Var] = field(default_factory=set)
+    early: set[relax.Var] = field(default_factory=set)
+
+    def root(self, var: relax.Var) -> relax.Var:
+        """The tensor that ``var`` is a view of."""
+        value = self.values.get(var)
+        if isinstance(value, relax.Call) and _name(value) in VIEWS:
+            return self.root(value.args[0])
+        return self.root(value) if isinstance(value, relax.Var) else var
+
+
+def flow(function: relax.Function) -> Flow:
+    """Of ``adjoint`` or ``gradients``: all of one dataflow block."""
+    bindings = [binding for block in function.body.blocks for binding in block.bindings]
+    found = Flow({binding.var: binding.value for binding in bindings})
+    results = dict(zip(signature.outputs(function), function.body.body.fields, strict=True))
+    found.forward = _ancestors(found.values, [value for (role, _), value in results.items() if role != "gradient"])
+    for binding in bindings:
+        if binding.var not in found.forward:
+            read = relax.analysis.free_vars(binding.value)
+            # The backward begins with a constant, the loss's gradient with respect to itself.
+            late = not read or any(var in found.gradient for var in read)
+            (found.gradient if late else found.early).add(binding.var)
+    return found
+
+
+def _ancestors(values: dict[relax.Var, relax.Expr], roots: Iterable[relax.Expr]) -> set[relax.Var]:
+    found: set[relax.Var] = set()
+    pending = list(roots)
+    while pending:
+        var = pending.pop()
+        if var in values and var not in found:
+            found.add(var)
+            pending.extend(relax.analysis.free_vars(values[var]))
+    return found
+
+
+def saved(found: Flow) -> set[relax.Var]:
+    """What lives from the forward into the backward: forward values, and early ones that are smaller than what they are made of."""
+    read = {found.root(var) for late in found.gradient for var in relax.analysis.free_vars(found.values[late])}
+    kept = {var for var in read if var in found.forward}
+    small: dict[relax.Var, set[relax.Var]] = {}
+    for var in found.values:
+        if var in read and var in found.early:
+            sources = {found.root(v) for v in _ancestors(found.values, [var]) & found.forward if _direct(found, var, v)}
+            if _size(var) < sum(_size(source) for source in sources - kept):
+                small[var] = sources
+            else:
+                kept |= sources
+    return kept | {var for var, sources in small.items() if not sources <= kept}
+
+
+def _direct(found: Flow, var: relax.Var, source: relax.Var) -> bool:
+    """Whether ``var`` reads ``source`` itself, or through early values alone."""
+    read = relax.analysis.free_vars(found.values[var])
+    return source in read or any(v in found.early and _direct(found, v, source) for v in read)
+
+
+def _name(call: relax.Call) -> str:
+    return str(call.op.name) if isinstance(call.op, Op) else ""
+
+
+def _shape(expr: relax.Expr) -> list[int]:
+    return [int(d) for d in expr.ty.shape]
+
+
+def _size(var: relax.Var) -> int:
+    """Bytes."""
+    if not isinstance(var.ty, relax.TensorType):
+        return sum(math.prod(int(d) for d in part.shape) * _width(str(part.dtype)) for part in var.ty.fields)
+    return math.prod(_shape(var)) * _width(str(var.ty.dtype))
+
+
+def _width(dtype: str) -> int:
+    return 1 if dtype in ("bool", "uint8", "int8") else int(dtype[-2:]) // 8
+
+
+def operations(value: relax.Expr, result: relax.Var) -> int:
+    """FLOPs of one binding, by the rules above."""
+    if not isinstance(value, relax.Call):
+        return 0
+    name = _name(value)
+    if name == "relax.nn.conv2d":
+        return 2 * math.prod(_shape(result)) * math.prod(_shape(value.args[1])[1:])
+    if name == operators.DGRAD:
+        return 2 * math.prod(_shape(value.args[0])) * math.prod(_shape(value.args[1])[1:])
+    if name == operators.WGRAD:
+        return 2 * math.prod(_shape(value.args[1])) * math.prod(_shape(result)[1:])
+    if name == "relax.matmul":
+        return 2 * math.prod(_shape(result)) * _shape(value.args[0])[-1]
+    return math.prod(_shape(value.args[0])) if name in SUMS else 0
+
+
+# ---- layers ----
+
+
+def layer_costs(function: relax.Function, names: dict[str, str]) -> dict[str, tuple[int, int]]:
+    """Layer -> (bytes kept for its weight gradient, FLOPs of its backward), from the entry ``gradients``.
+
+    names: parameter -> layer. A product belongs to the layer whose weight it reads, or whose weight's gradient it makes.
+    """
+    found = flow(function)
+    kept = saved(found)
+    owners = _weight_gradients(found, function, names) | _input_gradients(found, function, names)
+    costs: dict[str, tuple[int, int]] = {}
+    for var, (layer, is_weight) in owners.items():
+        value = found.values[var]
+        features = {found.root(v) for v in relax.analysis.free_vars(value)} & kept if is_weight else set()
+        bytes_kept, flops = costs.get(layer, (0, 0))
+        costs[layer] = (bytes_kept + sum(map(_size, features)), flops + operations(value, var))
+    return costs
+
+
+Owner = tuple[str, bool]  # layer, and whether the product makes its weight's gradient
+
+
+def _weight_gradients(found: Flow, function: relax.Function, names: dict[str, str]) -> dict[relax.Var, Owner]:
+    """The products and sums that make each parameter's gradient."""
+    owners: dict[relax.Var, Owner] = {}
+    for (role, name), var in zip(signature.outputs(function), function.body.body.fields, strict=True):
+        pending = [var] if role == "gradient" else []
+        while pending:
+            value = found.values.get(var := pending.pop())
+            if not isinstance(value, relax.Call) or var not in found.gradient:
+                continue
+            if _name(value) in PRODUCTS:
+                owners[var] = (names[name], True)
+            elif _name(value) in AFTER_WGRAD:
+                pending.extend(relax.analysis.free_vars(value))
+    return owners
+
+
+def _input_gradients(found: Flow, function: relax.Function, names: dict[str, str]) -> dict[relax.Var, Owner]:
+    """The products of a gradient with a weight, or with what is made of a weight alone."""
+    weights = {}
+    for (role, name), var in zip(signature.inputs(function), function.params, strict=True):
+        parameter = name.partition(":")[0] if role == "prepared" else name
+        if parameter in names:
+            weights[var] = names[parameter]
+    owners: dict[relax.Var, Owner] = {}
+    for var in found.gradient:
+        value = found.values[var]
+        if isinstance(value, relax.Call) and _name(value) in PRODUCTS:
+            for layer in _owner(found, value, weights):
+                owners[var] = (layer, False)
+    return owners
+
+
+def _owner(found: Flow, value: relax.Call, weights: dict[relax.Var, str]) -> set[str]:
+    layers: set[str] = set()
+    pending = [var for var in relax.analysis.free_vars(value) if var not in found.gradient]
+    while pending:
+        var = pending.pop()
+        if var in weights:
+            layers.add(weights[var])
+        elif var in found.early:
+            pending.extend(relax.analysis.free_vars(found.values[var]))
+    return layers
+
+
+def masks_and_features(function: relax.Function) -> tuple[int, int]:
+    """(bytes of floats, bytes of masks) that live from the forward into the backward."""
+    sizes = [(str(var.ty.dtype), _size(var)) for var in saved(flow(function)) if isinstance(var.ty, relax.TensorType)]
+    floats = sum(size for dtype, size in sizes if dtype.startswith("float"))
+    return floats, sum(size for dtype, size in sizes if dtype in ("bool", "uint8"))
+
+
+def flops(function: relax.Function) -> tuple[int, int]:
+    """(forward, backward) of the entry ``gradients``."""
+    found = flow(function)
+    counts = {var: operations(value, var) for var, value in found.values.items()}
+    forward = sum(count for var, count in counts.items() if var in found.forward)
+    return forward, sum(counts.values()) - forward
+
+
+def compared(summary: Summary, against: Summary | None) -> Summary:
+    """``summary`` beside another one."""
+    return replace(summary, against=None if against is None else replace(against, against=None))
