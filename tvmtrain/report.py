@@ -1,7 +1,7 @@
 """What a training step costs, layer by layer: operations, and what the forward keeps for the backward. Tables of it.
 
-Counting rules. Operations: 2 for each multiply-add of a convolution or a matrix product (taps that fall on padding count), 1 for
-each number that a sum or mean adds up; elementwise work is left out. Bytes: float features and masks that the backward reads and the
+Counting rules. Operations: k multiplications and k - 1 additions for each number of a convolution or matrix product over k terms
+(taps that fall on padding count), 1 for each number that a sum or mean adds up; elementwise work is left out. Bytes: float features and masks that the backward reads and the
 forward made, each as the smallest thing that will do (a mask, summed patches or gathered channels instead of what they are made
 from), views counted once; parameters and the step's own inputs are not kept by the step.
 """
@@ -202,13 +202,14 @@ def operations(value: relax.Expr, result: relax.Var) -> int:
         return 0
     name = _name(value)
     if name == "relax.nn.conv2d":
-        return 2 * math.prod(_shape(result)) * math.prod(_shape(value.args[1])[1:])
-    if name == operators.DGRAD:
-        return 2 * math.prod(_shape(value.args[0])) * math.prod(_shape(value.args[1])[1:])
-    if name == operators.WGRAD:
-        return 2 * math.prod(_shape(value.args[1])) * math.prod(_shape(result)[1:])
+        return _product(math.prod(_shape(result)), math.prod(_shape(value.args[1])[1:]))
+    if name in (operators.DGRAD, operators.WGRAD):
+        gy, w = (value.args[0], value.args[1]) if name == operators.DGRAD else (value.args[1], result)
+        terms = math.prod(_shape(gy)) * math.prod(_shape(w)[1:])
+        numbers = math.prod(_shape(result))
+        return max(2 * terms - numbers, terms)
     if name == "relax.matmul":
-        return 2 * math.prod(_shape(result)) * _shape(value.args[0])[-1]
+        return _product(math.prod(_shape(result)), _shape(value.args[0])[-1])
     return math.prod(_shape(value.args[0])) if name in SUMS else 0
 
 
@@ -297,3 +298,7 @@ def flops(function: relax.Function) -> tuple[int, int]:
 def compared(summary: Summary, against: Summary | None) -> Summary:
     """``summary`` beside another one."""
     return replace(summary, against=None if against is None else replace(against, against=None))
+
+
+def _product(numbers: int, terms: int) -> int:
+    return numbers * (2 * terms - 1)
