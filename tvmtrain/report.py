@@ -1,9 +1,10 @@
 """What a training step costs, layer by layer: operations, and what the forward keeps for the backward. Tables of it.
 
 Counting rules. Operations: k multiplications and k - 1 additions for each number of a convolution or matrix product over k terms
-(taps that fall on padding count), 1 for each number that a sum or mean adds up; elementwise work is left out. Bytes: float features and masks that the backward reads and the
-forward made, each as the smallest thing that will do (a mask, summed patches or gathered channels instead of what they are made
-from), views counted once; parameters and the step's own inputs are not kept by the step.
+(taps that fall on padding count), 1 for each number that a sum or mean adds up; elementwise work is left out. Bytes: float
+features and masks that the backward reads and the forward made, each as the smallest thing that will do (a mask, summed patches or
+gathered channels instead of what they are made from), views counted once; parameters and the step's own inputs are not kept by
+the step.
 """
 
 from __future__ import annotations
