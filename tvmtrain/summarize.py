@@ -1,0 +1,58 @@
+"""``TrainGraph.summary``: the figures of ``report``, and what the step allocates once it is compiled for a device."""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+import tvm
+
+from tvmtrain import builder, report, targets
+from tvmtrain.artifact import MODEL_ROLES, Entry
+from tvmtrain.graph import TrainGraph
+from tvmtrain.passes import plan_arena
+from tvmtrain.targets import Device
+
+
+def summarize(graph: TrainGraph, device: str | Device) -> report.Summary:
+    """Every figure of one training step."""
+    device = targets.load(device) if isinstance(device, str) else device
+    module = graph.module(gradients=True)
+    adjoint = module["gradients"]
+    entries = graph.entries(module)
+    forward, backward = report.flops(adjoint)
+    features, masks = report.masks_and_features(adjoint)
+    alone = tvm.IRModule({"train_step": module["train_step"]})
+    planned = builder.plan(builder.lower(alone, device))["train_step"]
+    sizes = {name: value.nbytes for name, value in graph.state(entries).items()}
+    optimizer = {spec.name for entry in entries for spec in entry.inputs if spec.role == "optimizer"}
+    model = {spec.name for entry in entries for spec in entry.inputs if spec.role in MODEL_ROLES} | set(graph.imported.state)
+    return report.Summary(
+        forward_flops=forward,
+        backward_flops=backward,
+        saved_features=features,
+        saved_masks=masks,
+        arena=int(planned.attrs[plan_arena.ARENA]),
+        parameters=sum(size for name, size in sizes.items() if name in model),
+        optimizer_state=sum(size for name, size in sizes.items() if name in optimizer),
+        layers=_layers(graph, adjoint, entries),
+    )
+
+
+def _layers(graph: TrainGraph, adjoint: tvm.relax.Function, entries: tuple[Entry, ...]) -> tuple[report.LayerCost, ...]:
+    names = {parameter: layer.name for layer in graph.layers for parameter in layer.parameters}
+    costs = report.layer_costs(adjoint, names)
+    gradients = next(entry for entry in entries if entry.name == "gradients").outputs
+    trained = {layer.name: 0 for layer in graph.layers}
+    for spec in gradients:
+        if spec.role == "gradient":
+            trained[names[spec.name]] += _moved(spec.shape, graph.imported.state[spec.name])
+    return tuple(
+        report.LayerCost(layer.name, layer.kind, trained[layer.name], *costs.get(layer.name, (0, 0))) for layer in graph.layers
+    )
+
+
+def _moved(gradient: tuple[int, ...], value: np.ndarray) -> int:
+    """How many numbers a gradient moves: one that is the same for all taps of a kernel moves all of them."""
+    taps = prod(size for size, own in zip(value.shape[2:], gradient[2:], strict=True) if own == 1)
+    return prod(gradient) * taps
