@@ -14,6 +14,8 @@ from tvm.ir.transform import Sequential
 
 from tvmtrain.passes.append_optimizer import AppendOptimizer
 from tvmtrain.passes.differentiate import Differentiate
+from tvmtrain.passes.gradient_filter import GradientFilter
+from tvmtrain.passes.pooled_domain import PooledDomain
 from tvmtrain.passes.return_gradients import ReturnGradients
 from tvmtrain.passes.sparse_update import SparseUpdate
 from tvmtrain.passes.stop_gradients import StopGradients
@@ -25,12 +27,15 @@ class Training:
     """What a step trains, by the names of parameters.
 
     trained: parameters that the step updates. sparse: weight -> how many of its input channels are trained in a step; fixed: those
-    of them whose channels never change.
+    of them whose channels never change. filtered: weight of a convolution, trained or not -> patch (rows, columns) of its gradients;
+    scaling: weight -> "unbiased" or "paper", unbiased where it is not named.
     """
 
     trained: Sequence[str]
     sparse: Mapping[str, int] = field(default_factory=dict)
     fixed: frozenset[str] = frozenset()
+    filtered: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    scaling: Mapping[str, str] = field(default_factory=dict)
 
 
 def pipeline(training: Training, optimizer: Optimizer, *, gradients: bool = False) -> Sequential:
@@ -43,9 +48,11 @@ def pipeline(training: Training, optimizer: Optimizer, *, gradients: bool = Fals
         [
             # 1. What of a weight is trained, and by which gradient.
             SparseUpdate(training.sparse),
+            GradientFilter(training.filtered, training.scaling),
             # 2. The backward: only towards what is trained.
             StopGradients(trained),
             Differentiate(trained),
+            PooledDomain(),
             *([ReturnGradients()] if gradients else []),
             # 3. The update.
             AppendOptimizer(optimizer, training.fixed),
