@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import tvm
+import tvm_ffi
 from tvm import relax
-from tvm.ir.transform import Sequential
+from tvm.ir.transform import Pass, Sequential
 
+from tvmtrain.errors import PlanError
 from tvmtrain.passes.append_optimizer import AppendOptimizer
 from tvmtrain.passes.differentiate import Differentiate
 from tvmtrain.passes.gradient_filter import GradientFilter
@@ -20,6 +23,9 @@ from tvmtrain.passes.return_gradients import ReturnGradients
 from tvmtrain.passes.sparse_update import SparseUpdate
 from tvmtrain.passes.stop_gradients import StopGradients
 from tvmtrain.spec import Optimizer
+
+# TVM's calls into a pass let only errors through whose names it knows; others arrive as RuntimeErrors.
+tvm_ffi.register_error(PlanError)
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,11 @@ class Training:
     scaling: Mapping[str, str] = field(default_factory=dict)
 
 
+def check(training: Training, mod: tvm.IRModule) -> None:
+    """Raise PlanError for a layer that cannot be trained so."""
+    Sequential(_views(training))(mod)
+
+
 def pipeline(training: Training, optimizer: Optimizer, *, gradients: bool = False) -> Sequential:
     """``forward`` (inputs, targets, state -> loss, outputs, new state) becomes ``train_step`` with its update.
 
@@ -47,8 +58,7 @@ def pipeline(training: Training, optimizer: Optimizer, *, gradients: bool = Fals
     return Sequential(
         [
             # 1. What of a weight is trained, and by which gradient.
-            SparseUpdate(training.sparse),
-            GradientFilter(training.filtered, training.scaling),
+            *_views(training),
             # 2. The backward: only towards what is trained.
             StopGradients(trained),
             Differentiate(trained),
@@ -61,3 +71,7 @@ def pipeline(training: Training, optimizer: Optimizer, *, gradients: bool = Fals
             relax.transform.DeadCodeElimination(),
         ]
     )
+
+
+def _views(training: Training) -> list[Pass]:
+    return [SparseUpdate(training.sparse), GradientFilter(training.filtered, training.scaling)]

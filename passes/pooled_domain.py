@@ -18,7 +18,7 @@ the full resolution, as before.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -45,11 +45,10 @@ class PooledDomain:
     def transform_module(self, mod: tvm.IRModule, _ctx: PassContext) -> tvm.IRModule:
         adjoint = mod["adjoint"]
         bindings = adjoint.body.blocks[0].bindings
-        pooled = {b.value.args[0] for b in bindings if _named(b.value) == filtering.PATCH_MEAN}
-        if not pooled:
+        if all(_named(b.value) != filtering.PATCH_MEAN for b in bindings):
             return mod
         builder = relax.BlockBuilder(mod)
-        terms = _Terms(builder, pooled)
+        terms = _Terms(builder)
         with builder.function("adjoint_pooled", list(adjoint.params)):
             with builder.dataflow():
                 for binding in bindings:
@@ -66,27 +65,30 @@ class PooledDomain:
 
 @dataclass(frozen=True)
 class _Term:
-    """unpatch(g) times factors; masks are Booleans. ``filtered``: g comes from a filtered layer, not from a global pooling."""
+    """unpatch(g) times factors; masks are Booleans."""
 
     g: relax.Expr
     patches: Patches
     factors: tuple[relax.Expr, ...] = ()
-    filtered: bool = True
 
 
 @dataclass
 class _Terms:
-    """The gradients that are sums of terms, as the bindings go by; ``pooled``: variables of which there is a mean over patches."""
+    """The gradients that are sums of terms, as the bindings go by."""
 
     builder: relax.BlockBuilder
-    pooled: set[relax.Var]
     known: dict[relax.Var, tuple[_Term, ...]] = field(default_factory=dict)
+    tuples: dict[relax.Var, relax.Tuple] = field(default_factory=dict)
     means: dict[tuple, relax.Expr] = field(default_factory=dict)
 
     # ---- what is a sum of terms ----
 
     def note(self, var: relax.Var, value: relax.Expr) -> None:
         """Remember ``var`` if its value is a sum of terms."""
+        if isinstance(value, relax.Tuple):
+            self.tuples[var] = value
+        if isinstance(value, relax.TupleGetItem) and value.tuple_value in self.tuples:
+            value = self.tuples[value.tuple_value].fields[value.index]
         terms = self.known.get(value) if isinstance(value, relax.Var) else self._terms(value)
         if terms and len(terms) <= MOST_TERMS:
             self.known[var] = terms
@@ -96,10 +98,9 @@ class _Terms:
         args = list(value.args) if name else []
         if name == filtering.UNPATCH:
             return (_Term(args[0], filtering.patches_of(value)),)
-        if name == "relax.broadcast_to" and _per_channel(args[0]) and len(_shape(value)) == 4 and len(_shape(args[0])) == 4:
+        if name == "relax.broadcast_to" and len(_shape(value)) == 4 and _shape(args[0]) == [*_shape(value)[:2], 1, 1]:
             rows, columns = _shape(value)[2:]
-            g = args[0] if _shape(args[0])[:2] == _shape(value)[:2] else self._emit(R.broadcast_to(args[0], [*_shape(value)[:2], 1, 1]))
-            return (_Term(g, filtering.whole((rows, columns)), filtered=False),)
+            return (_Term(args[0], filtering.whole((rows, columns))),)
         if name == "relax.where" and _is_zero(args[2]) and _shape(args[0]) == _shape(args[1]):
             return self._times(args[1], args[0])
         if name == "relax.negative":
@@ -118,7 +119,7 @@ class _Terms:
             return self._each(a, lambda g: (R.multiply if name == "relax.multiply" else R.divide)(g, b))
         return self._times(a, b) if name == "relax.multiply" and _shape(a) == _shape(b) else None
 
-    def _each(self, var: relax.Expr, change) -> tuple[_Term, ...] | None:
+    def _each(self, var: relax.Expr, change: Callable[[relax.Expr], relax.Expr]) -> tuple[_Term, ...] | None:
         if var not in self.known:
             return None
         return tuple(replace(term, g=self._emit(change(term.g))) for term in self.known[var])
@@ -138,8 +139,7 @@ class _Terms:
         for term in terms:
             key = (term.patches, term.factors)
             if key in merged:
-                g = self._emit(R.add(merged[key].g, term.g))
-                term = replace(term, g=g, filtered=term.filtered or merged[key].filtered)
+                term = replace(term, g=self._emit(R.add(merged[key].g, term.g)))
             merged[key] = term
         return tuple(merged.values())
 
@@ -153,13 +153,13 @@ class _Terms:
         if _named(value) == filtering.PATCH_MEAN:
             mean = self._mean(terms, filtering.patches_of(value))
             return value if mean is None else mean
-        if _sums_maps(value) and (value.args[0] in self.pooled or any(term.filtered for term in terms)):
+        if _sums_maps(value):
             return self._total(terms, value)
         return value
 
     def _mean(self, terms: Sequence[_Term], patches: Patches) -> relax.Expr | None:
-        within = [patches.within(term.patches) for term in terms]
-        if any(w is None for w in within):
+        within = [inner for term in terms if (inner := patches.within(term.patches)) is not None]
+        if len(within) < len(terms):
             return None
         parts = []
         for term, inner in zip(terms, within, strict=True):
@@ -213,15 +213,16 @@ def _named(value: relax.Expr) -> str:
     return str(value.op.name) if isinstance(value, relax.Call) and isinstance(value.op, Op) else ""
 
 
-def _shape(expr: relax.Expr) -> list[int] | None:
+def _shape(expr: relax.Expr) -> list[int]:
+    """Its sizes; none of what is no tensor of fixed shape."""
     ty = expr.ty
-    return [int(d) for d in ty.shape] if isinstance(ty, relax.TensorType) and ty.shape is not None else None
+    return [int(d) for d in ty.shape] if isinstance(ty, relax.TensorType) and ty.shape is not None else []
 
 
 def _per_channel(expr: relax.Expr) -> bool:
     """Whether it has one number for each channel, for each image and channel, or one at all."""
     shape = _shape(expr)
-    return shape is not None and (len(shape) == 0 or (2 < len(shape) <= 4 and shape[-2:] == [1, 1]))
+    return isinstance(expr.ty, relax.TensorType) and (not shape or (2 < len(shape) <= 4 and shape[-2:] == [1, 1]))
 
 
 def _is_mask(expr: relax.Expr) -> bool:
@@ -238,4 +239,4 @@ def _sums_maps(value: relax.Call) -> bool:
         axes = value.attrs.axis
         return axes is None or {int(a) % 4 for a in axes} >= {2, 3}
     target = _shape(value)
-    return _named(value) == "relax.collapse_sum_to" and target is not None and (len(target) < 3 or target[-2:] == [1, 1])
+    return _named(value) == "relax.collapse_sum_to" and target[-2:] == [1, 1]

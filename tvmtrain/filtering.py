@@ -254,7 +254,7 @@ def _spread(g: te.Tensor, patches: Patches) -> te.Tensor:
 
 
 def _legalize(kernel: Any, hint: str) -> Any:
-    return lambda bb, call: bb.call_te(kernel, call.args[0], patches_of(call), primfunc_name_hint=hint)
+    return lambda bb, call: bb.call_te(lambda x: kernel(x, patches_of(call)), call.args[0], primfunc_name_hint=hint)
 
 
 register_legalize(PATCH_SUM, _legalize(_summed, "patch_sum"))

@@ -49,9 +49,7 @@ class TrainGraph:
             raise PlanError("update plan: it trains nothing; name at least one layer with weight > 0 or bias = true")
         ordered = _trainable(self.imported, [name for name in self.imported.state if name in trained])
         applied = replace(self, trained=ordered, plan=plan)
-        training = applied._training()
-        # What cannot be filtered is refused here, and not when the step is built.
-        passes.GradientFilter(training.filtered, training.scaling)(self.imported.module)
+        passes.check(applied._training(), self.imported.module)
         return applied
 
     def module(self, *, gradients: bool = False) -> tvm.IRModule:

@@ -263,4 +263,5 @@ def _update_from(name: str, table: Mapping[str, Any]) -> LayerUpdate:
     unknown = set(table) - set(KEYS)
     if unknown:
         raise PlanError(f"update plan, layer {name!r}: unknown keys {sorted(unknown)}; allowed: {', '.join(KEYS)}")
-    return LayerUpdate(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()})
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+    return LayerUpdate(**given)
