@@ -9,17 +9,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import tvm
+import tvm_ffi
 from tvm import relax
-from tvm.ir.transform import Sequential
+from tvm.ir.transform import Pass, Sequential
 
+from tvmtrain.errors import PlanError
 from tvmtrain.passes.append_optimizer import AppendOptimizer
 from tvmtrain.passes.differentiate import Differentiate
 from tvmtrain.passes.drop_unread import DropUnread
+from tvmtrain.passes.gradient_filter import GradientFilter
+from tvmtrain.passes.pooled_domain import PooledDomain
 from tvmtrain.passes.prune_frozen import PruneFrozen
 from tvmtrain.passes.return_gradients import ReturnGradients
 from tvmtrain.passes.sparse_update import SparseUpdate
 from tvmtrain.passes.stop_gradients import StopGradients
 from tvmtrain.spec import Optimizer
+
+# TVM's calls into a pass let only errors through whose names it knows; others arrive as RuntimeErrors.
+tvm_ffi.register_error(PlanError)
 
 
 @dataclass(frozen=True)
@@ -27,12 +35,20 @@ class Training:
     """What a step trains, by the names of parameters.
 
     trained: parameters that the step updates. sparse: weight -> how many of its input channels are trained in a step; fixed: those
-    of them whose channels never change.
+    of them whose channels never change. filtered: weight of a convolution, trained or not -> patch (rows, columns) of its gradients;
+    scaling: weight -> "unbiased" or "paper", unbiased where it is not named.
     """
 
     trained: Sequence[str]
     sparse: Mapping[str, int] = field(default_factory=dict)
     fixed: frozenset[str] = frozenset()
+    filtered: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    scaling: Mapping[str, str] = field(default_factory=dict)
+
+
+def check(training: Training, mod: tvm.IRModule) -> None:
+    """Raise PlanError for a layer that cannot be trained so."""
+    Sequential(_views(training))(mod)
 
 
 def pipeline(training: Training, optimizer: Optimizer, *, gradients: bool = False) -> Sequential:
@@ -43,13 +59,13 @@ def pipeline(training: Training, optimizer: Optimizer, *, gradients: bool = Fals
     trained = tuple(training.trained)
     return Sequential(
         [
-            # 1. What nothing trains is inference.
+            # 1. What of a weight is trained, and by which gradient; what nothing trains is inference.
+            *_views(training),
             PruneFrozen(trained),
-            # 2. What of a weight is trained, and by which gradient.
-            SparseUpdate(training.sparse),
-            # 3. The backward: only towards what is trained.
+            # 2. The backward: only towards what is trained.
             StopGradients(trained),
             Differentiate(trained),
+            PooledDomain(),
             *([ReturnGradients()] if gradients else []),
             # 4. The update.
             AppendOptimizer(optimizer, training.fixed),
@@ -59,3 +75,7 @@ def pipeline(training: Training, optimizer: Optimizer, *, gradients: bool = Fals
             DropUnread(),
         ]
     )
+
+
+def _views(training: Training) -> list[Pass]:
+    return [SparseUpdate(training.sparse), GradientFilter(training.filtered, training.scaling)]

@@ -17,7 +17,7 @@ from tvm.ir import Op
 from tvm.relax import op as R
 from tvm.relax.op.base import register_gradient
 
-from tvmtrain import operators, signature
+from tvmtrain import filtering, operators, signature
 
 Rule = Callable[[relax.Var, relax.Call, relax.Var, relax.BlockBuilder], list[relax.Expr]]
 
@@ -419,8 +419,14 @@ def _conv2d(y: relax.Var, call: relax.Call, gy: relax.Var, _: relax.BlockBuilder
 
 @rule(operators.VIEWED_CONV)
 def _viewed_conv2d(y: relax.Var, call: relax.Call, gy: relax.Var, bb: relax.BlockBuilder) -> list[relax.Expr]:
-    """dX is exact; dW is that of the view's channels of x alone (Li and Chang, 2024; Lin et al., 2022, section 3.2)."""
+    """dX is exact; dW is that of the view's channels of x alone (Li and Chang, 2024; Lin et al., 2022, section 3.2).
+
+    With patches, both are those of ``filtering``.
+    """
     x, _, view, *channels = call.args
+    if len(call.attrs["patch"]):
+        dx, dview = filtering.gradients(call, gy, bb)
+        return _rest_no_grad(call, dx, R.grad.no_grad(call.args[1]), dview)
     plain = operators.plain_conv2d(call)
     dx = operators.conv2d_dgrad(plain, gy)
     groups, filters = int(call.attrs["groups"]), _shape(gy)[1]

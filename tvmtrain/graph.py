@@ -50,7 +50,9 @@ class TrainGraph:
         if not trained:
             raise PlanError("update plan: it trains nothing; name at least one layer with weight > 0 or bias = true")
         ordered = _trainable(self.imported, [name for name in self.imported.state if name in trained])
-        return replace(self, trained=ordered, plan=plan)
+        applied = replace(self, trained=ordered, plan=plan)
+        passes.check(applied._training(), self.imported.module)
+        return applied
 
     def summary(self, against: TrainGraph | None = None, device: str | Device = "host") -> Summary:
         """What a step costs, and beside it what ``against`` costs: operations, bytes kept, the arena that ``device``'s code allocates.
@@ -69,15 +71,19 @@ class TrainGraph:
         """What the plan asks for, by parameter."""
         sparse: dict[str, int] = {}
         fixed: set[str] = set()
+        filtered: dict[str, tuple[int, int]] = {}
+        scaling: dict[str, str] = {}
         for layer in self.layers:
             update = self.plan.layers.get(layer.name) if self.plan is not None else None
-            weight = next((name for name in layer.parameters if name in self.trained and name.endswith("weight")), None)
+            weight = _weight_of(layer)
             if update is None or weight is None:
                 continue
-            if 0 < update.weight < 1:
+            if 0 < update.weight < 1 and weight in self.trained:
                 sparse[weight] = layer.channels_of(update.weight)
                 fixed |= {weight} if update.select in ("first", "magnitude") else set()
-        return passes.Training(self.trained, sparse, frozenset(fixed))
+            if update.patch is not None:
+                filtered[weight], scaling[weight] = update.patch, update.scaling
+        return passes.Training(self.trained, sparse, frozenset(fixed), filtered, scaling)
 
     def entries(self, module: tvm.IRModule) -> tuple[Entry, ...]:
         """What the functions of ``module`` take and return."""
@@ -115,15 +121,21 @@ def trace(
 def _trained_of(layer: Layer, update: LayerUpdate | None) -> list[str]:
     if update is None:
         return []
-    if update.filter is not None:
+    if update.filter is not None and (layer.kind != "conv2d" or _weight_of(layer) is None):
         raise PlanError(
-            f"update plan, layer {layer.name!r}: gradient filtering is not available in this version; use no filter"
+            f"update plan, layer {layer.name!r}: only 2-D convolutions with a weight of their own have filtered gradients, and this is "
+            f"a {layer.kind} with {', '.join(layer.parameters)}; use no filter"
         )
     if 0 < update.weight < 1 and layer.kind not in ("conv2d", "linear"):
         raise PlanError(f"update plan, layer {layer.name!r}: a {layer.kind} has no share of channels; use weight = 0 or 1")
     weights = [name for name in layer.parameters if not name.endswith("bias")]
     biases = [name for name in layer.parameters if name.endswith("bias")]
     return (weights if update.weight else []) + (biases if update.bias else [])
+
+
+def _weight_of(layer: Layer) -> str | None:
+    """The name of its weight, trained or not."""
+    return next((name for name in layer.parameters if name.endswith("weight")), None)
 
 
 def _trainable(imported: importer.Imported, names: Sequence[str]) -> tuple[str, ...]:

@@ -53,27 +53,29 @@ def _normalize_type(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TupleTy
     return relax.TupleType([relax.TensorType(list(x.shape), x.dtype), kept, kept])
 
 
-def _register(name: str, doc: str, infer: Callable[[relax.Call, relax.BlockBuilder], relax.Type]) -> None:
+def register(name: str, doc: str, infer: Callable[[relax.Call, relax.BlockBuilder], relax.Type]) -> None:
+    """A Relax operator from Python: ``infer`` gives the type of a call; it has no side effects."""
     _ir_ffi.RegisterOp(name, doc)
     register_op_attr(name, "FInferType", infer)
     register_op_attr(name, "FPurity", True)
 
 
-_register(DGRAD, "gradient of conv2d with respect to its input", _first_type_with_shape)
-_register(WGRAD, "gradient of conv2d with respect to its weight", _first_type_with_shape)
-_register(VIEWED_CONV, "conv2d, of whose weight a view is trained", _viewed_conv_type)
-_register(VIEWED_LINEAR, "x @ w^T, of whose weight a view is trained", _viewed_linear_type)
-_register(PUT, "a tensor with some of its slices replaced", _type_of_argument)
-_register(HARDTANH, "clip, without a gradient at its bounds", _type_of_argument)
-_register(NORMALIZE, "(x - mean) / sqrt(var + eps) with its statistics", _normalize_type)
+register(DGRAD, "gradient of conv2d with respect to its input", _first_type_with_shape)
+register(WGRAD, "gradient of conv2d with respect to its weight", _first_type_with_shape)
+register(VIEWED_CONV, "conv2d, of whose weight a view is trained", _viewed_conv_type)
+register(VIEWED_LINEAR, "x @ w^T, of whose weight a view is trained", _viewed_linear_type)
+register(PUT, "a tensor with some of its slices replaced", _type_of_argument)
+register(HARDTANH, "clip, without a gradient at its bounds", _type_of_argument)
+register(NORMALIZE, "(x - mean) / sqrt(var + eps) with its statistics", _normalize_type)
 
 
-def _attrs(**fields: Any) -> tvm.ir.Attrs:
+def dict_attrs(**fields: Any) -> tvm.ir.Attrs:
+    """Attributes of an operator of ours; read them as ``call.attrs["name"]``."""
     return tvm.ir.make_node("ir.DictAttrs", **fields)
 
 
 def _geometry(attrs: tvm.ir.Attrs, shape: Sequence[int]) -> tvm.ir.Attrs:
-    return _attrs(
+    return dict_attrs(
         strides=[int(v) for v in attrs["strides"]],
         padding=[int(v) for v in attrs["padding"]],
         dilation=[int(v) for v in attrs["dilation"]],
@@ -104,7 +106,7 @@ def transposed_conv2d(
     groups: int,
 ) -> relax.Call:
     """The transposed convolution of x [N, I, H, W] with w [I, O/groups, Kh, Kw]: the dgrad of the convolution that maps ``shape`` to x."""
-    geometry = _attrs(
+    geometry = dict_attrs(
         strides=list(strides), padding=list(padding), dilation=list(dilation), groups=groups, shape=[int(d) for d in shape]
     )
     return relax.Call(Op.get(DGRAD), [x, w], geometry)
@@ -118,7 +120,7 @@ def dgrad_wgrad(dgrad: relax.Call, g: relax.Expr) -> relax.Call:
 
 def hardtanh(x: relax.Expr, low: float, high: float) -> relax.Call:
     """PyTorch's hardtanh and ReLU6: clip(x, low, high) that, unlike torch.clamp, passes no gradient where x is at a bound."""
-    return relax.Call(Op.get(HARDTANH), [x], _attrs(low=float(low), high=float(high)))
+    return relax.Call(Op.get(HARDTANH), [x], dict_attrs(low=float(low), high=float(high)))
 
 
 @register_legalize(HARDTANH)
@@ -131,7 +133,7 @@ def normalize(x: relax.Expr, axes: Sequence[int], eps: float) -> relax.Call:
 
     The shared core of BatchNorm in training mode, LayerNorm, GroupNorm and InstanceNorm. Gradients flow through xhat alone.
     """
-    return relax.Call(Op.get(NORMALIZE), [x], _attrs(axes=[int(a) for a in axes], eps=float(eps)))
+    return relax.Call(Op.get(NORMALIZE), [x], dict_attrs(axes=[int(a) for a in axes], eps=float(eps)))
 
 
 @register_legalize(NORMALIZE)
@@ -160,18 +162,18 @@ def viewed_conv2d(
     view: [O, k, Kh, Kw], or [O, k, 1, 1] where gradients are filtered; never read. channels: the k input channels of the view
     ([k] int32), None for all. geometry: strides, padding (4), dilation, groups. patch: of gradient filtering, None for exact gradients.
     """
-    attrs = _attrs(**_plain(geometry), patch=list(patch or ()), scaling=scaling)
+    attrs = dict_attrs(**_plain(geometry), patch=list(patch or ()), scaling=scaling)
     return relax.Call(Op.get(VIEWED_CONV), [x, w, view, *([channels] if channels is not None else [])], attrs)
 
 
 def viewed_linear(x: relax.Expr, w: relax.Expr, view: relax.Var, channels: relax.Var) -> relax.Call:
     """x [..., I] @ w^T [O, I], differentiated towards ``view`` [O, k]: the columns ``channels`` ([k] int32) of ``w``."""
-    return relax.Call(Op.get(VIEWED_LINEAR), [x, w, view, channels], _attrs())
+    return relax.Call(Op.get(VIEWED_LINEAR), [x, w, view, channels], dict_attrs())
 
 
 def wgrad(x: relax.Expr, gy: relax.Expr, geometry: Mapping[str, Any], shape: Sequence[int]) -> relax.Call:
     """dW, of ``shape``, of a convolution with ``geometry`` for which x [N, C, H, W] and gy [N, O, Ho, Wo] are given."""
-    return relax.Call(Op.get(WGRAD), [x, gy], _attrs(**_plain(geometry), shape=[int(d) for d in shape]))
+    return relax.Call(Op.get(WGRAD), [x, gy], dict_attrs(**_plain(geometry), shape=[int(d) for d in shape]))
 
 
 def outputs_of(channels: relax.Expr, each: int, bb: relax.BlockBuilder) -> relax.Expr:
@@ -211,7 +213,7 @@ register_legalize(VIEWED_LINEAR, lambda _bb, call: plain_linear(call))
 
 def put(x: relax.Expr, index: relax.Expr, values: relax.Expr, axis: int) -> relax.Call:
     """x with ``values`` in the slices ``index`` ([k] int32, no number twice) along ``axis``."""
-    return relax.Call(Op.get(PUT), [x, index, values], _attrs(axis=axis))
+    return relax.Call(Op.get(PUT), [x, index, values], dict_attrs(axis=axis))
 
 
 @register_legalize(PUT)

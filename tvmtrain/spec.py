@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ else:
     import tomli as tomllib
 
 SELECTIONS = ("first", "magnitude", "random", "rotate")
+SCALINGS = ("unbiased", "paper")
 
 
 # ---- optimizers ----
@@ -136,12 +137,14 @@ class LayerUpdate:
     weight: share of the input channels (channels, for a depthwise convolution) whose weights are trained; 0: the bias alone.
     filter: gradient filtering with patches of r or (r_h, r_w); None: exact gradients.
     select: which channels: "first", "magnitude", "random" or "rotate".
+    scaling: of filtered gradients where the stride is more than 1: "unbiased", or the larger ones of the "paper".
     """
 
     weight: float = 1.0
     bias: bool = True
     filter: int | tuple[int, int] | None = None
     select: str = "first"
+    scaling: str = "unbiased"
 
     def __post_init__(self) -> None:
         if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)) or not 0 <= self.weight <= 1:
@@ -150,9 +153,19 @@ class LayerUpdate:
             raise PlanError(f"bias: got {self.bias!r}, wanted true or false")
         if self.select not in SELECTIONS:
             raise PlanError(f"select: got {self.select!r}, wanted one of {', '.join(SELECTIONS)}")
-        patch = self.filter if isinstance(self.filter, tuple) else (self.filter,)
-        if any(r is not None and (not isinstance(r, int) or r < 1) for r in patch):
+        if self.scaling not in SCALINGS:
+            raise PlanError(f"scaling: got {self.scaling!r}, wanted one of {', '.join(SCALINGS)}")
+        sizes = self.filter if isinstance(self.filter, tuple) and len(self.filter) == 2 else (self.filter,)
+        if self.filter is not None and any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in sizes):
             raise PlanError(f"filter: got {self.filter!r}, wanted a positive patch size, a pair of them, or None")
+
+    @property
+    def patch(self) -> tuple[int, int] | None:
+        """``filter`` as (rows, columns)."""
+        return (self.filter, self.filter) if isinstance(self.filter, int) else self.filter
+
+
+KEYS = tuple(each.name for each in fields(LayerUpdate))
 
 
 @dataclass(frozen=True)
@@ -185,6 +198,7 @@ class UpdatePlan:
         bias: bool = True,
         filter: int | tuple[int, int] | None = None,
         select: str = "first",
+        scaling: str = "unbiased",
         batchnorm: bool = False,
     ) -> UpdatePlan:
         """The last ``n`` convolutions, and every linear layer after the first of them, whole and exact.
@@ -198,7 +212,7 @@ class UpdatePlan:
         plan: dict[str, LayerUpdate] = {}
         for layer in layers[start:]:
             if layer.kind.startswith("conv"):
-                plan[layer.name] = LayerUpdate(weight, bias, filter, select)
+                plan[layer.name] = LayerUpdate(weight, bias, filter, select, scaling)
             elif layer.kind == "linear" or (batchnorm and layer.kind == "batch_norm"):
                 plan[layer.name] = LayerUpdate()
         return cls(plan)
@@ -245,9 +259,9 @@ def _toml_value(value: Any) -> str:
 
 def _update_from(name: str, table: Mapping[str, Any]) -> LayerUpdate:
     if not isinstance(table, Mapping):
-        raise PlanError(f"update plan, layer {name!r}: got {table!r}, wanted a table with weight, bias, filter, select")
-    unknown = set(table) - {"weight", "bias", "filter", "select"}
+        raise PlanError(f"update plan, layer {name!r}: got {table!r}, wanted a table with {', '.join(KEYS)}")
+    unknown = set(table) - set(KEYS)
     if unknown:
-        raise PlanError(f"update plan, layer {name!r}: unknown keys {sorted(unknown)}; allowed: weight, bias, filter, select")
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
-    return LayerUpdate(**fields)
+        raise PlanError(f"update plan, layer {name!r}: unknown keys {sorted(unknown)}; allowed: {', '.join(KEYS)}")
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+    return LayerUpdate(**given)
