@@ -27,8 +27,9 @@ ALLOWED: dict[str, set[str]] = {
     "converters": {"operators", "philox", "errors"},
     "translator": {"converters", "errors"},
     "importer": {"artifact", "converters", "errors", "onnx_model", "signature", "spec", "translator"},
-    "autodiff": {"operators", "signature"},
-    "passes": {"artifact", "autodiff", "errors", "operators", "signature", "spec"},
+    "filtering": {"operators"},
+    "autodiff": {"filtering", "operators", "signature"},
+    "passes": {"artifact", "autodiff", "errors", "filtering", "operators", "signature", "spec"},
     "report": {"operators", "signature"},
     # "summarize" only inside of TrainGraph.summary: the one import against the direction.
     "graph": {

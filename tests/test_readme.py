@@ -36,18 +36,20 @@ def commands() -> list[str]:
     return [line for block in blocks("sh") if INSTALL not in block for line in block.splitlines() if line.strip()]
 
 
-def test_the_python_block_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_blocks_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("python")
+    first, second = blocks("python")
     names: dict = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(first, "README.md", "exec"), names)
     assert names["losses"][-1] < names["losses"][0] / 2
     assert names["logits"].shape == (4, 10)
     assert names["result"].count == 4
+    trained = names["step"]
     names["model"].eval()
-    np.testing.assert_allclose(
-        names["step"].predict(names["x"]), names["model"](names["x"]).detach().numpy(), rtol=1e-3, atol=1e-4
-    )
+    np.testing.assert_allclose(trained.predict(names["x"]), names["model"](names["x"]).detach().numpy(), rtol=1e-3, atol=1e-4)
+    exec(compile(second, "README.md", "exec"), names)
+    assert names["partial"][-1] < names["partial"][0]
+    assert names["small"].summary(against=names["graph"]).saved_features < names["graph"].summary().saved_features
 
 
 def test_the_shell_block_runs(tmp_path: Path) -> None:
