@@ -16,7 +16,8 @@ ALLOWED: dict[str, set[str]] = {
     "spec": {"errors"},
     "artifact": {"errors", "runtime"},  # the runtime only when an artifact in memory is loaded
     "targets": {"errors"},
-    "runtime": {"artifact", "errors"},
+    "selection": {"artifact", "errors"},
+    "runtime": {"artifact", "errors", "selection"},
     "console": set(),
     "data": {"artifact", "errors"},
     "training": {"artifact", "console", "data", "errors", "runtime"},
@@ -28,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "translator": {"converters", "errors"},
     "importer": {"artifact", "converters", "errors", "onnx_model", "signature", "spec", "translator"},
     "autodiff": {"operators", "signature"},
-    "passes": {"autodiff", "signature", "spec"},
+    "passes": {"autodiff", "errors", "operators", "signature", "spec"},
     "graph": {"artifact", "autodiff", "converters", "errors", "importer", "passes", "signature", "spec"},
     "kernels": {"operators"},
     "pool_kernels": {"kernels"},

@@ -11,7 +11,7 @@ import tvm
 from tvm import relax
 
 from tvmtrain import autodiff, importer, passes, signature
-from tvmtrain.artifact import Entry, LossSpec
+from tvmtrain.artifact import Entry, LossSpec, Selection
 from tvmtrain.converters.base import unsupported
 from tvmtrain.errors import PlanError
 from tvmtrain.spec import SGD, Layer, LayerUpdate, Optimizer, UpdatePlan
@@ -41,6 +41,18 @@ class TrainGraph:
         """PyTorch names of all parameters, trained or not."""
         return self.imported.parameters
 
+    @property
+    def selections(self) -> tuple[Selection, ...]:
+        """The layers of which a step trains a share of the channels, and how those are chosen."""
+        counts = self._training().sparse
+        plan = self.plan.layers if self.plan is not None else {}
+        return tuple(
+            Selection(layer.name, name, layer.channels, counts[name], plan[layer.name].select, self.seed)
+            for layer in self.layers
+            for name in layer.parameters
+            if name in counts
+        )
+
     def apply(self, plan: UpdatePlan) -> TrainGraph:
         """A new graph that trains what ``plan`` names; this one is unchanged. Unknown layers: PlanError with near matches."""
         plan.check(self.layers)
@@ -60,7 +72,7 @@ class TrainGraph:
         fixed: set[str] = set()
         for layer in self.layers:
             update = self.plan.layers.get(layer.name) if self.plan is not None else None
-            weight = next((name for name in layer.parameters if name in self.trained and name.endswith("weight")), None)
+            weight = next((name for name in layer.parameters if name in self.trained and not name.endswith("bias")), None)
             if update is None or weight is None:
                 continue
             if 0 < update.weight < 1:
