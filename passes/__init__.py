@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import tvm
 from tvm import relax
 from tvm.ir.transform import Sequential
 
 from tvmtrain.passes.append_optimizer import AppendOptimizer
 from tvmtrain.passes.differentiate import Differentiate
+from tvmtrain.passes.gather_early import GatherEarly
 from tvmtrain.passes.return_gradients import ReturnGradients
-from tvmtrain.passes.sparse_update import SparseUpdate
+from tvmtrain.passes.sparse_update import SparseUpdate, viewed
 from tvmtrain.passes.stop_gradients import StopGradients
 from tvmtrain.spec import Optimizer
 
@@ -31,6 +33,11 @@ class Training:
     trained: Sequence[str]
     sparse: Mapping[str, int] = field(default_factory=dict)
     fixed: frozenset[str] = frozenset()
+
+
+def check(training: Training, mod: tvm.IRModule) -> None:
+    """Raise PlanError for what the passes would refuse in ``mod``."""
+    viewed(mod, training.sparse)
 
 
 def pipeline(training: Training, optimizer: Optimizer, *, gradients: bool = False) -> Sequential:
@@ -52,5 +59,7 @@ def pipeline(training: Training, optimizer: Optimizer, *, gradients: bool = Fals
             # 4. Names that only rename, and what nothing reads.
             relax.transform.CanonicalizeBindings(),
             relax.transform.DeadCodeElimination(),
+            # 5. What the backward keeps.
+            GatherEarly(),
         ]
     )

@@ -82,7 +82,7 @@ class LossSpec:
 class Selection:
     """A layer of which a step trains ``count`` of the ``channels`` input channels of ``weight``.
 
-    ``select``, one of ``SELECTS``, says which; ``seed`` is where "random" begins. Which channels a step trains is its input ("channels", ``weight``), [count] int32.
+    ``select``, one of ``SELECTS``, says which; ``seed`` is where "random" begins. They come in as ("channels", ``weight``), [count] int32.
     """
 
     layer: str

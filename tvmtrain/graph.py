@@ -54,13 +54,18 @@ class TrainGraph:
         )
 
     def apply(self, plan: UpdatePlan) -> TrainGraph:
-        """A new graph that trains what ``plan`` names; this one is unchanged. Unknown layers: PlanError with near matches."""
+        """A new graph that trains what ``plan`` names; this one is unchanged.
+
+        Raises PlanError for layers that are unknown, with near matches, or that cannot be trained in the way asked for.
+        """
         plan.check(self.layers)
         trained = {name for layer in self.layers for name in _trained_of(layer, plan.layers.get(layer.name))}
         if not trained:
             raise PlanError("update plan: it trains nothing; name at least one layer with weight > 0 or bias = true")
         ordered = _trainable(self.imported, [name for name in self.imported.state if name in trained])
-        return replace(self, trained=ordered, plan=plan)
+        graph = replace(self, trained=ordered, plan=plan)
+        passes.check(graph._training(), self.imported.module)
+        return graph
 
     def module(self, *, gradients: bool = False) -> tvm.IRModule:
         """The functions ``train_step``, ``predict`` and ``loss``; with ``gradients``, an entry that returns them, too."""
