@@ -18,6 +18,7 @@ from tvmtrain.errors import PlanError
 from tvmtrain.passes.append_optimizer import AppendOptimizer
 from tvmtrain.passes.differentiate import Differentiate
 from tvmtrain.passes.drop_unread import DropUnread
+from tvmtrain.passes.gather_early import GatherEarly
 from tvmtrain.passes.gradient_filter import GradientFilter
 from tvmtrain.passes.pooled_domain import PooledDomain
 from tvmtrain.passes.prune_frozen import PruneFrozen
@@ -67,12 +68,14 @@ def pipeline(training: Training, optimizer: Optimizer, *, gradients: bool = Fals
             Differentiate(trained),
             PooledDomain(),
             *([ReturnGradients()] if gradients else []),
-            # 4. The update.
+            # 3. The update.
             AppendOptimizer(optimizer, training.fixed),
-            # 5. Names that only rename, and what nothing reads.
+            # 4. Names that only rename, and what nothing reads.
             relax.transform.CanonicalizeBindings(),
             relax.transform.DeadCodeElimination(),
             DropUnread(),
+            # 5. What the backward keeps.
+            GatherEarly(),
         ]
     )
 

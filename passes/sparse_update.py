@@ -28,30 +28,36 @@ class SparseUpdate:
     counts: Mapping[str, int]
 
     def transform_module(self, mod: tvm.IRModule, _ctx: PassContext) -> tvm.IRModule:
-        return views.rewrite(mod, self.counts, self._viewed)
+        return viewed(mod, self.counts)
 
-    def _viewed(self, reader: views.Reader) -> relax.Call:
-        count = self.counts[reader.name]
-        channels = reader.channels or relax.Var(f"channels_{reader.name}", relax.TensorType([count], "int32"))
-        view = reader.view or relax.Var(
-            f"view_{reader.name}", relax.TensorType(self._shape(reader, count), reader.weight.ty.dtype)
-        )
+
+def viewed(mod: tvm.IRModule, counts: Mapping[str, int]) -> tvm.IRModule:
+    """The pass as a function. Raises PlanError, which TVM would turn into a RuntimeError on its way out of a pass."""
+
+    def change(reader: views.Reader) -> relax.Call:
+        count, view, channels = counts[reader.name], reader.view, reader.channels
+        if channels is None:
+            channels = relax.Var(f"channels_{reader.name}", relax.TensorType([count], "int32"))
+            view = relax.Var(f"view_{reader.name}", relax.TensorType(_shape(reader, count), reader.weight.ty.dtype))
         if reader.kind == "linear":
             return operators.viewed_linear(reader.x, reader.weight, view, channels)
         return operators.viewed_conv2d(reader.x, reader.weight, view, channels, operators.geometry_of(reader.call))
 
-    @staticmethod
-    def _shape(reader: views.Reader, count: int) -> list[int]:
-        filters, each, *kernel = (int(d) for d in reader.weight.ty.shape)
-        if reader.kind == "linear":
-            return [filters, count]
-        groups = operators.geometry_of(reader.call)["groups"]
-        channels = int(reader.x.ty.shape[1])
-        if groups == 1:
-            return [filters, count, *kernel]
-        if groups != channels:
-            raise PlanError(
-                f"update plan, weight {reader.name!r}: a share of the input channels of a grouped convolution ({groups} groups of {each}) "
-                "has no gradient of its own shape; use weight = 0 or 1"
-            )
-        return [filters // channels * count, 1, *kernel]
+    return views.rewrite(mod, counts, change)
+
+
+def _shape(reader: views.Reader, count: int) -> list[int]:
+    """The view's: [O, k], [O, k, Kh, Kw], or [k * m, 1, Kh, Kw] of a depthwise convolution with m filters per channel."""
+    filters, each, *kernel = (int(d) for d in reader.weight.ty.shape)
+    if reader.kind == "linear":
+        return [filters, count]
+    groups = operators.geometry_of(reader.call)["groups"]
+    channels = int(reader.x.ty.shape[1])
+    if groups == 1:
+        return [filters, count, *kernel]
+    if groups != channels:
+        raise PlanError(
+            f"update plan, weight {reader.name!r}: a share of the input channels of a grouped convolution ({groups} groups of {each}) "
+            "has no gradient of its own shape; use weight = 0 or 1"
+        )
+    return [filters // channels * count, 1, *kernel]

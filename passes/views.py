@@ -17,7 +17,8 @@ import tvm
 from tvm import relax
 from tvm.ir import Op
 
-from tvmtrain import operators, signature
+from tvmtrain import autodiff, operators, signature
+from tvmtrain.errors import PlanError
 
 CONVOLUTIONS = ("relax.nn.conv2d", operators.VIEWED_CONV)
 LINEAR = ("linear", operators.VIEWED_LINEAR)
@@ -41,7 +42,10 @@ Rewrite = Callable[[Reader], relax.Call]
 
 
 def rewrite(mod: tvm.IRModule, names: Collection[str], change: Rewrite) -> tvm.IRModule:
-    """``mod`` with ``change(reader)`` in place of each convolution and linear product in ``forward`` that reads a weight of ``names``."""
+    """``mod`` with ``change(reader)`` in place of each convolution and linear product in ``forward`` that reads a weight of ``names``.
+
+    Raises PlanError for a weight that anything else reads too, or nothing of the kind: its gradient there would be lost.
+    """
     forward = mod["forward"]
     arguments = dict(zip(signature.inputs(forward), forward.params, strict=True))
     found = _Found(arguments, frozenset(names))
@@ -50,11 +54,13 @@ def rewrite(mod: tvm.IRModule, names: Collection[str], change: Rewrite) -> tvm.I
         with builder.dataflow():
             for binding in forward.body.blocks[0].bindings:
                 value = binding.value
+                found.check(binding)
                 if (reader := found.reader(binding)) is not None:
                     value = builder.normalize(change(reader))
                     found.adopt(reader, value)
                 builder.emit_normalized(relax.VarBinding(binding.var, value))
         builder.emit_func_output(forward.body.body, list(found.arguments.values()))
+    found.check_all_read()
     built = builder.get()
     function = built["forward_viewed"].with_attrs(dict(forward.attrs))
     del built[built.get_global_var("forward_viewed")]
@@ -66,14 +72,35 @@ class _Found:
     """Weights and their transposes, as the bindings go by."""
 
     def __init__(self, arguments: dict[signature.Port, relax.Var], names: frozenset[str]) -> None:
+        self.names = names
         self.weights = {var: name for (role, name), var in arguments.items() if role == "parameter" and name in names}
         self.transposes: dict[relax.Var, relax.Var] = {}
+        self.read: set[str] = set()
         self.dropped: set[relax.Var] = set()
         self.all = arguments
 
     @property
     def arguments(self) -> dict[signature.Port, relax.Var]:
         return {port: var for port, var in self.all.items() if var not in self.dropped}
+
+    def check(self, binding: relax.VarBinding) -> None:
+        """Refuse a binding that reads one of the weights, or a transpose of it, in another way than ``reader`` knows."""
+        value = binding.value
+        used = [var for var in relax.analysis.free_vars(value) if self.transposes.get(var, var) in self.weights]
+        if not used or autodiff.stops(value):
+            return
+        reader = self.reader(binding)
+        if binding.var in self.transposes or (reader is not None and len(used) == 1 and reader.x not in used):
+            self.read |= {reader.name} if reader is not None else set()
+            return
+        name = self.weights[self.transposes.get(used[0], used[0])]
+        by = str(value.op.name) if isinstance(value, relax.Call) and isinstance(value.op, Op) else type(value).__name__
+        raise _not_trainable(name, f"{by.removeprefix('relax.')} reads it, too, and its gradient there would be lost")
+
+    def check_all_read(self) -> None:
+        """Refuse weights that no convolution or linear product reads."""
+        for name in sorted(self.names - self.read):
+            raise _not_trainable(name, "no convolution or linear layer reads it as it is")
 
     def reader(self, binding: relax.VarBinding) -> Reader | None:
         call = binding.value
@@ -98,6 +125,12 @@ class _Found:
         """The new call's view and channels become arguments; a view that it has replaced is dropped."""
         for role, var in zip(("view", "channels"), value.args[2:], strict=False):
             old = self.all.get((role, reader.name))
-            if old is not None and old is not var:
+            if old is not None and not old.same_as(var):
                 self.dropped.add(old)
             self.all[(role, reader.name)] = var
+
+
+def _not_trainable(name: str, why: str) -> PlanError:
+    return PlanError(
+        f"update plan, weight {name!r}: {why}; a share of it, or gradient filtering, is not possible: use weight = 0 or 1"
+    )

@@ -16,7 +16,8 @@ ALLOWED: dict[str, set[str]] = {
     "spec": {"errors"},
     "artifact": {"errors", "runtime"},  # the runtime only when an artifact in memory is loaded
     "targets": {"errors"},
-    "runtime": {"artifact", "errors"},
+    "selection": {"artifact", "errors"},
+    "runtime": {"artifact", "errors", "selection"},
     "console": set(),
     "data": {"artifact", "errors"},
     "training": {"artifact", "console", "data", "errors", "runtime"},

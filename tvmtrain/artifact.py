@@ -38,8 +38,9 @@ PLAN = "plan.toml"
 
 MODEL_ROLES = ("parameter", "buffer")
 STATE_ROLES = (*MODEL_ROLES, "optimizer", "random")
-ROLES = ("input", "target", "rate", "loss", "output", "gradient", "prepared", *STATE_ROLES)
+ROLES = ("input", "target", "rate", "channels", "loss", "output", "gradient", "prepared", *STATE_ROLES)
 PREPARE = "prepare"  # the entry that makes what other entries take as "prepared", from parameters and buffers alone
+SELECTS = ("first", "magnitude", "random", "rotate")
 LOSSES = ("cross_entropy", "mse", "bce_with_logits", "custom")
 REQUIRED_ENTRIES = ("train_step", "predict", "loss")
 DTYPES = ("float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool")
@@ -79,12 +80,33 @@ class LossSpec:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """A layer of which a step trains ``count`` of the ``channels`` input channels of ``weight``.
+
+    ``select``, one of ``SELECTS``, says which; ``seed`` is where "random" begins. They come in as ("channels", ``weight``), [count] int32.
+    """
+
+    layer: str
+    weight: str
+    channels: int
+    count: int
+    select: str
+    seed: int = 0
+
+    @property
+    def fixed(self) -> bool:
+        """Whether every step trains the same channels, so that optimizer state exists for them alone."""
+        return self.select in ("first", "magnitude")
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a compiled step is. Raises ``ArtifactError`` where its parts contradict each other.
 
     ``aliases`` maps tied names to the one name under which their state is kept; ``trained`` names the parameters that a step
     changes; ``lr`` is the rate when a call gives none; ``batch`` is the number of samples of a training step; ``unread`` is
-    state that no entry takes and ``state_dict`` still owes. ``device`` is what the code was compiled for (``arch`` is checked),
+    state that no entry takes and ``state_dict`` still owes; ``selections`` are the layers of which a step trains a share (none in
+    manifests from before there were any). ``device`` is what the code was compiled for (``arch`` is checked),
     ``plan`` the update plan as TOML.
     """
 
@@ -100,11 +122,13 @@ class Manifest:
     batch: int
     memory: Mapping[str, Any]
     unread: tuple[TensorSpec, ...] = ()
+    selections: tuple[Selection, ...] = ()
 
     def __post_init__(self) -> None:
         _check_specs(self)
         _check_entries(self)
         _check_settings(self)
+        _check_selections(self)
 
     @cached_property
     def named(self) -> Mapping[str, Entry]:
@@ -138,6 +162,7 @@ class Manifest:
             batch=fields.get("batch", int),
             memory=fields.get("memory", dict),
             unread=tuple(_spec(item) for item in fields.items("unread")),
+            selections=tuple(_selection(item) for item in fields.items("selections")) if "selections" in fields.data else (),
         )
 
 
@@ -505,6 +530,12 @@ def _loss(data: dict[str, Any]) -> LossSpec:
     return LossSpec(fields.get("name", str), fields.optional("classes", int), fields.optional("ignore_index", int))
 
 
+def _selection(fields: _Fields) -> Selection:
+    layer, weight, select = (fields.get(key, str) for key in ("layer", "weight", "select"))
+    channels, count, seed = (fields.get(key, int) for key in ("channels", "count", "seed"))
+    return Selection(layer, weight, channels, count, select, seed)
+
+
 def _check_specs(manifest: Manifest) -> None:
     """Every tensor is of a known kind and means the same in all entries."""
     seen: dict[tuple[str, str], TensorSpec] = {}
@@ -562,6 +593,27 @@ def _check_settings(manifest: Manifest) -> None:
         raise ArtifactError(
             f"batch={manifest.batch}, classes={manifest.loss.classes}, lr={manifest.lr}: want 1 or more, and a finite rate"
         )
+
+
+def _check_selections(manifest: Manifest) -> None:
+    """Each selection is that of one weight, and each input of channels has its selection."""
+    for chosen in manifest.selections:
+        where = f"selection of layer {chosen.layer!r}"
+        if chosen.select not in SELECTS or not 1 <= chosen.count <= chosen.channels:
+            raise ArtifactError(
+                f"{where}: {chosen.count} of {chosen.channels} channels, {chosen.select!r}; want 1 or more of them, and one of {SELECTS}"
+            )
+        shape = manifest.state[chosen.weight].shape if chosen.weight in manifest.trained else ()
+        if len(shape) < 2 or (shape[1] != chosen.channels and (shape[1] != 1 or shape[0] % chosen.channels)):
+            raise ArtifactError(f"{where}: {chosen.weight!r} is no trained weight with {chosen.channels} channels")
+    for kind in ("layer", "weight"):
+        named = [getattr(chosen, kind) for chosen in manifest.selections]
+        if len(set(named)) != len(named):
+            raise ArtifactError(f"selections are of the {kind}s {named}; want each once")
+    ports = [TensorSpec("channels", chosen.weight, (chosen.count,), "int32") for chosen in manifest.selections]
+    for entry in manifest.entries:
+        if wrong := [spec.name for spec in entry.inputs if spec.role == "channels" and spec not in ports]:
+            raise ArtifactError(f"entry {entry.name!r} takes channels of {', '.join(wrong)} that no selection gives")
 
 
 # Tensors.

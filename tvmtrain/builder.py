@@ -57,6 +57,7 @@ def _manifest(graph: TrainGraph, device: Device, entries: Sequence[Entry], state
         batch=graph.imported.batch,
         memory=_state_bytes(entries, state, parameters),
         unread=tuple(unread),
+        selections=graph.selections,
     )
 
 

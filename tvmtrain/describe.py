@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tvmtrain import artifact, console
-from tvmtrain.artifact import Entry, Manifest, TensorSpec
+from tvmtrain.artifact import Entry, Manifest, Selection, TensorSpec
 from tvmtrain.errors import TvmtrainError
 
 
@@ -32,7 +32,10 @@ class LayerState:
 
 @dataclass(frozen=True)
 class Description:
-    """An artifact for people and for JSON. ``files`` and ``memory`` (by role) are in bytes."""
+    """An artifact for people and for JSON. ``files`` and ``memory`` (by role) are in bytes.
+
+    ``trained`` counts all numbers of a partly trained weight; ``selections`` says which share of it a step trains.
+    """
 
     folder: str
     device: dict[str, Any]
@@ -47,6 +50,7 @@ class Description:
     layers: tuple[LayerState, ...]
     parameters: int
     trained: int
+    selections: tuple[Selection, ...]
     tied: dict[str, str]
     memory: dict[str, Any]
     files: dict[str, int]
@@ -75,6 +79,7 @@ def describe(folder: str | Path) -> Description:
         layers=tuple(_layers(manifest)),
         parameters=sum(counts.values()),
         trained=sum(counts[name] for name in manifest.trained),
+        selections=manifest.selections,
         tied=dict(manifest.aliases),
         memory=dict(manifest.memory),
         files={path.name: path.stat().st_size for path in sorted(Path(folder).iterdir()) if path.is_file()},
@@ -106,6 +111,11 @@ def show(description: Description, out: console.Console) -> None:
     rows = [(name, "  ".join(e["inputs"]), "  ".join(e["outputs"])) for name, e in d.entries.items()]
     out.table(("entry", "takes", "returns"), rows)
     out.table(("layer", ">parameters", "shapes", "trained"), [_layer_row(layer) for layer in d.layers])
+    if d.selections:
+        shares = [
+            (s.layer, str(s.count), str(s.channels), console.percent(s.count / s.channels), s.select) for s in d.selections
+        ]
+        out.table(("partly trained", ">channels a step", ">of", ">share", "select"), shares)
 
 
 def _layer_row(layer: LayerState) -> tuple[str, ...]:
@@ -127,7 +137,7 @@ def _ports(specs: Sequence[TensorSpec]) -> list[str]:
     counted: dict[str, int] = {}
     listed = []
     for spec in specs:
-        if spec.role in (*artifact.STATE_ROLES, "gradient"):
+        if spec.role in (*artifact.STATE_ROLES, "gradient", "channels"):
             counted[spec.role] = counted.get(spec.role, 0) + 1
         else:
             listed.append(f"{spec.name} {console.shape(spec.shape)} {spec.dtype}")

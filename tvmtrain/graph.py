@@ -11,7 +11,7 @@ import tvm
 from tvm import relax
 
 from tvmtrain import autodiff, importer, passes, report, signature
-from tvmtrain.artifact import Entry, LossSpec
+from tvmtrain.artifact import Entry, LossSpec, Selection
 from tvmtrain.converters.base import unsupported
 from tvmtrain.errors import PlanError
 from tvmtrain.report import Summary
@@ -43,8 +43,23 @@ class TrainGraph:
         """PyTorch names of all parameters, trained or not."""
         return self.imported.parameters
 
+    @property
+    def selections(self) -> tuple[Selection, ...]:
+        """The layers of which a step trains a share of the channels, and how those are chosen."""
+        counts = self._training().sparse
+        plan = self.plan.layers if self.plan is not None else {}
+        return tuple(
+            Selection(layer.name, name, layer.channels, counts[name], plan[layer.name].select, self.seed)
+            for layer in self.layers
+            for name in layer.parameters
+            if name in counts
+        )
+
     def apply(self, plan: UpdatePlan) -> TrainGraph:
-        """A new graph that trains what ``plan`` names; this one is unchanged. Unknown layers: PlanError with near matches."""
+        """A new graph that trains what ``plan`` names; this one is unchanged.
+
+        Raises PlanError for layers that are unknown, with near matches, or that cannot be trained in the way asked for.
+        """
         plan.check(self.layers)
         trained = {name for layer in self.layers for name in _trained_of(layer, plan.layers.get(layer.name))}
         if not trained:

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from tvmtrain import artifact
-from tvmtrain.artifact import MODEL_ROLES, STATE_ROLES, Entry, LossSpec, Manifest, TensorSpec
+from tvmtrain import artifact, selection
+from tvmtrain.artifact import MODEL_ROLES, STATE_ROLES, Entry, LossSpec, Manifest, Selection, TensorSpec
 from tvmtrain.errors import ArtifactError, InputError, NonFiniteLossError, StorageError
 
 
@@ -103,7 +103,8 @@ class TrainStep:
         self._configured = threading.local()
         self._use_threads()
         self._functions = _functions(module, manifest)
-        self._moment = self._prepared({name: tvm.runtime.tensor(value) for name, value in state.items()}, 0)
+        chosen = selection.seeds(manifest.selections) | selection.largest(manifest.selections, state)
+        self._moment = self._prepared({name: tvm.runtime.tensor(value) for name, value in {**state, **chosen}.items()}, 0)
         self._outputs: list[Any] = []
 
     @property
@@ -112,18 +113,26 @@ class TrainStep:
         return self._moment.steps
 
     @property
+    def channels(self) -> dict[str, np.ndarray]:
+        """Layer name -> the channels ([count] int32) that the next step trains, of each layer of which it trains a share."""
+        selections, tensors = self.manifest.selections, self._moment.tensors
+        state = {name: tensors[name].numpy() for name in selection.specs(selections)}
+        return {chosen.layer: selection.channels(chosen, self.steps, state) for chosen in selections}
+
+    @property
     def outputs(self) -> tuple[np.ndarray, ...]:
         """The model's outputs in the last training step, before its update; empty before the first."""
         return tuple(tensor.numpy() for tensor in self._outputs)
 
-    def __call__(self, x: Any, y: Any, lr: float | None = None) -> float:
+    def __call__(self, x: Any, y: Any, lr: float | None = None, channels: Mapping[str, Any] | None = None) -> float:
         """One training step on one batch of the compiled size; returns the loss before the update.
 
-        ``lr`` is this step's learning rate, by default the optimizer's. Raises ``InputError`` for data that do not fit and
-        ``NonFiniteLossError`` for a NaN or infinite loss; both leave the state as it was.
+        ``lr`` is this step's learning rate, by default the optimizer's. ``channels``, layer name -> indices, names what this step
+        trains of partly trained layers; other layers, and later steps, have their own (``self.channels``) as ever. Raises
+        ``InputError`` for data that do not fit and ``NonFiniteLossError`` for a NaN or infinite loss; both leave the state as it was.
         """
         entry = self.manifest.named["train_step"]
-        given = self._batch(entry, x, y)
+        given = self._batch(entry, x, y) | self._chosen(channels, update=True)
         given |= {spec.key: _rate(self.manifest.lr if lr is None else lr, spec) for spec in entry.inputs if spec.role == "rate"}
         results = self._run(entry, given)
         loss = next(float(value.numpy()) for spec, value in results if spec.role == "loss")
@@ -165,12 +174,15 @@ class TrainStep:
         loss = total.loss / total.weight if total.weight else math.nan
         return Evaluation(loss, total.right / total.labels if total.labels else None, count)
 
-    def gradients(self, x: Any, y: Any) -> dict[str, np.ndarray]:
-        """The gradient of every trained parameter on one batch; the state is left alone. Only in steps built for verifying."""
+    def gradients(self, x: Any, y: Any, channels: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
+        """The gradient of every trained parameter on one batch; the state is left alone. Only in steps built for verifying.
+
+        A partly trained weight has the gradient of its channels alone: those of the next step, or of ``channels``.
+        """
         entry = self.manifest.named.get("gradients")
         if entry is None:
             raise ArtifactError("this artifact has no gradients entry; build it for verifying to compare gradients")
-        results = self._run(entry, self._batch(entry, x, y))
+        results = self._run(entry, self._batch(entry, x, y) | self._chosen(channels, update=False))
         return {spec.name: value.numpy() for spec, value in results if spec.role == "gradient"}
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -181,6 +193,8 @@ class TrainStep:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take all parameters and buffers from NumPy arrays or DLPack tensors under PyTorch's names; optimizer state stays.
 
+        Where a layer's channels are chosen by magnitude, they are chosen anew: a channel that stays keeps its optimizer state, and
+        one that comes starts from zero.
         Raises ``InputError`` for names that are missing or unexpected, wrong shapes or dtypes, and tied names that disagree;
         then nothing has changed.
         """
@@ -194,7 +208,7 @@ class TrainStep:
                 raise InputError(
                     f"{given!r} is tied to {name!r} in this model, and they have different values; give one of them"
                 )
-        tensors = {name: tvm.runtime.tensor(array) for name, array in new.items()}
+        tensors = {name: tvm.runtime.tensor(array) for name, array in (new | self._rechosen(new)).items()}
         self._moment = self._prepared(self._moment.tensors | tensors, self.steps)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -203,12 +217,14 @@ class TrainStep:
         A kill at any moment leaves the old file or the new one. Raises ``StorageError`` where it cannot be written.
         """
         moment = self._moment
-        values = {name: moment.tensors[name].numpy() for name in self.manifest.state}
+        names = (*self.manifest.state, *selection.specs(self.manifest.selections))
+        values = {name: moment.tensors[name].numpy() for name in names}
         artifact.write_checkpoint(path, values, moment.steps, self.manifest.versions.get("tvmtrain", "unknown"))
 
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Take all state from a file of ``save``. Raises ``CheckpointError``, and nothing has changed, if it does not fit."""
-        values, steps = artifact.read_checkpoint(path, self.manifest.state)
+        wanted = {**self.manifest.state, **selection.specs(self.manifest.selections)}
+        values, steps = artifact.read_checkpoint(path, wanted)
         self._moment = self._prepared({name: tvm.runtime.tensor(value) for name, value in values.items()}, steps)
 
     def _run(self, entry: Entry, given: Mapping[tuple[str, str], Any]) -> list[tuple[TensorSpec, Any]]:
@@ -225,6 +241,43 @@ class TrainStep:
         self._use_threads()
         made = self._functions[entry.name](*[tensors[spec.name] for spec in entry.inputs])
         return _Moment(tensors | {spec.name: value for spec, value in zip(entry.outputs, made, strict=True)}, steps)
+
+    def _chosen(self, named: Mapping[str, Any] | None, update: bool) -> dict[tuple[str, str], Any]:
+        """Which channels of each partly trained layer: those that the user names, and this step's own for the other layers.
+
+        update: whether the optimizer's state is going to change, which may exist for some channels alone.
+        """
+        own, known = self.channels, {chosen.layer: chosen for chosen in self.manifest.selections}
+        self._check_layers(named or {}, known)
+        for layer, value in (named or {}).items():
+            chosen = known[layer]
+            array = _numpy(value, TensorSpec("channels", layer, (chosen.count,), "int32"))
+            bound = own[layer] if update and chosen.fixed and self._optimizer_state(chosen) else None
+            own[layer] = selection.check(chosen, array, bound)
+        return {("channels", known[layer].weight): tvm.runtime.tensor(array) for layer, array in own.items()}
+
+    def _check_layers(self, named: Mapping[str, Any], known: Mapping[str, Selection]) -> None:
+        if not isinstance(named, Mapping):
+            raise InputError(f"channels is {type(named).__name__}; want layer name -> indices")
+        for layer in (name for name in named if name not in known):
+            whole = {name.rpartition(".")[0] for name in self._model_names()}
+            what = "is trained whole, or not at all" if layer in whole else f"is not known{_near(str(layer), list(known))}"
+            listed = ", ".join(list(known)[:5]) + (f" and {len(known) - 5} more" if len(known) > 5 else "")
+            raise InputError(f"channels: layer {layer!r} {what}; layers of which a share is trained: {listed or 'none'}")
+
+    def _optimizer_state(self, chosen: Selection) -> list[str]:
+        """Names of the optimizer's state of a partly trained weight."""
+        return [n for n, spec in self.manifest.state.items() if spec.role == "optimizer" and n.endswith(f":{chosen.weight}")]
+
+    def _rechosen(self, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The channels of the largest magnitudes in new ``weights``, and the optimizer's state of those channels."""
+        tensors = self._moment.tensors
+        new = selection.largest(self.manifest.selections, weights)
+        for chosen in (s for s in self.manifest.selections if s.select == "magnitude"):
+            old, now = tensors[selection.key(chosen)].numpy(), new[selection.key(chosen)]
+            for name in self._optimizer_state(chosen):
+                new[name] = selection.carried(chosen, weights[chosen.weight].shape, tensors[name].numpy(), old, now)
+        return new
 
     def _use_threads(self) -> None:
         """Each thread of Python that calls TVM has a pool of its own, to be configured before its first use."""

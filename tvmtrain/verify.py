@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tvmtrain import builder, console, graph, importer, jobs, philox
+from tvmtrain import builder, console, graph, importer, jobs, philox, selection
+from tvmtrain.artifact import Selection
 from tvmtrain.errors import NonFiniteLossError, TvmtrainError
 from tvmtrain.runtime import TrainStep
 from tvmtrain.spec import SGD, AdamW, Layer, Optimizer, UpdatePlan
@@ -201,7 +202,16 @@ _DRAWS: dict[Any, Callable[..., Any]] = {
 class _Reference:
     """The model trained by PyTorch, on a copy."""
 
-    def __init__(self, module: nn.Module, trained: Sequence[str], loss: importer.Loss, optimizer: Optimizer, seed: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        trained: Sequence[str],
+        loss: importer.Loss,
+        optimizer: Optimizer,
+        seed: int,
+        selections: Sequence[Selection] = (),
+    ) -> None:
+        self.selections = selections
         self.module = copy.deepcopy(module)
         for name, parameter in self.module.named_parameters():
             parameter.requires_grad_(name in trained)
@@ -212,7 +222,7 @@ class _Reference:
 
     def nudged(self) -> _Reference:
         """The same from weights that are one rounding error away."""
-        other = _Reference(self.module, list(self.trained), self.loss, self.spec, self.seed)
+        other = _Reference(self.module, list(self.trained), self.loss, self.spec, self.seed, self.selections)
         random = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in other.module.parameters():
@@ -228,19 +238,44 @@ class _Reference:
         loss.backward()
         return float(loss.detach())
 
-    def step(self, xs: Tensors, ys: Tensors) -> float:
+    def step(self, xs: Tensors, ys: Tensors, channels: Values) -> float:
+        """One step that trains ``channels``, by layer name, of the partly trained layers."""
         loss = self.backward(xs, ys)
+        others = [(self.trained[chosen.weight], _others(chosen, self.trained, channels)) for chosen in self.selections]
+        before = [(weight, where, weight.detach().clone(), self._state(weight)) for weight, where in others]
+        for weight, where in others:
+            if weight.grad is not None:
+                weight.grad[where] = 0  # for the norm by which gradients are clipped
         if self.spec.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.trained.values(), self.spec.clip_norm)
         self.optimizer.step()
+        self._put_back(before)
         self.taken += 1
         return loss
 
-    def gradients(self, xs: Tensors, ys: Tensors) -> Values:
-        """Every gradient at the first step; the model is left as it was."""
+    def _state(self, weight: nn.Parameter) -> dict[str, torch.Tensor]:
+        """Copies of the optimizer's moving means of a weight."""
+        kept = self.optimizer.state[weight].items() if weight in self.optimizer.state else ()
+        return {key: value.clone() for key, value in kept if torch.is_tensor(value) and value.shape == weight.shape}
+
+    def _put_back(self, before: Sequence[tuple[nn.Parameter, Any, torch.Tensor, dict[str, torch.Tensor]]]) -> None:
+        """What is not chosen is as it was, state too: torch.optim has no rule that leaves a part of a parameter alone."""
+        with torch.no_grad():
+            for weight, where, old, state in before:
+                weight[where] = old[where]
+                for key, value in self._state(weight).items():
+                    self.optimizer.state[weight][key][where] = state.get(key, torch.zeros_like(value))[where]
+
+    def gradients(self, xs: Tensors, ys: Tensors, channels: Values) -> Values:
+        """Every gradient at the first step, of partly trained weights at ``channels``; the model is left as it was."""
         other = _Reference(self.module, list(self.trained), self.loss, self.spec, self.seed)
         other.backward(xs, ys)
-        return {n: np.zeros(p.shape) if p.grad is None else p.grad.numpy() for n, p in other.trained.items()}
+        found = {n: np.zeros(p.shape) if p.grad is None else p.grad.numpy() for n, p in other.trained.items()}
+        for chosen in self.selections:
+            shape = found[chosen.weight].shape
+            at = selection.places(chosen, shape, channels[chosen.layer])
+            found[chosen.weight] = found[chosen.weight].take(at, selection.axis(chosen, shape))
+        return found
 
     def parameters(self) -> Values:
         return {name: p.detach().numpy() for name, p in self.trained.items()}
@@ -248,6 +283,14 @@ class _Reference:
     def statistics(self) -> Values:
         kept = self.module.state_dict()
         return {name: b.numpy() for name, b in self.module.named_buffers() if name in kept}
+
+
+def _others(chosen: Selection, weights: Mapping[str, nn.Parameter], channels: Values) -> tuple[slice | torch.Tensor, ...]:
+    """An index of what a weight has beside the chosen channels."""
+    shape = tuple(weights[chosen.weight].shape)
+    axis = selection.axis(chosen, shape)
+    rest = np.setdiff1d(np.arange(shape[axis]), selection.places(chosen, shape, channels[chosen.layer]))
+    return (*(slice(None),) * axis, torch.from_numpy(rest))
 
 
 def _torch_optimizer(spec: Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -276,7 +319,7 @@ class _Check:
         seed: int,
     ) -> None:
         self.module, self.traced, self.step, self.tolerance = module, traced, step, tolerance
-        self.torch = _Reference(module, traced.trained, loss, optimizer, seed)
+        self.torch = _Reference(module, traced.trained, loss, optimizer, seed, traced.selections)
         self.nudged = self.torch.nudged()
         self.owners = {name: layer.name for layer in traced.layers for name in layer.parameters}
         self.found: list[Comparison] = []
@@ -288,15 +331,16 @@ class _Check:
         theirs, own = (_outputs(ref.module, self.torch.loss, xs) for ref in (self.torch, self.nudged))
         for i, (our, their, nudged) in enumerate(zip(ours, theirs, own, strict=True)):
             self._compare("output", f"output {i}", our, their, nudged)
-        gradients = self.step.gradients(xs, ys)
-        expected, disturbed = self.torch.gradients(xs, ys), self.nudged.gradients(xs, ys)
+        gradients, channels = self.step.gradients(xs, ys), self.step.channels
+        expected, disturbed = (ref.gradients(xs, ys, channels) for ref in (self.torch, self.nudged))
         for name, value in expected.items():
             self._compare("gradient", name, gradients[name], value, disturbed[name])
 
     def steps(self, batches: Sequence[tuple[Tensors, Tensors]]) -> None:
         """Train all three on ``batches``; statistics are compared after the first step too, before differences grow."""
         for i, (xs, ys) in enumerate(batches):
-            ours, theirs, own = self._loss(xs, ys), self.torch.step(xs, ys), self.nudged.step(xs, ys)
+            channels = self.step.channels
+            ours, theirs, own = self._loss(xs, ys), *(ref.step(xs, ys, channels) for ref in (self.torch, self.nudged))
             self._compare("loss", f"step {i + 1}", np.array(ours), np.array(theirs), np.array(own))
             if math.isnan(ours):
                 return
