@@ -1,8 +1,8 @@
 """What the optimizer's update of a partly trained weight costs: state that waits for its channel, against torch.optim's rule.
 
-    python benchmarks/lazy_state.py [--share 0.25] [--repeat 200]
+    python benchmarks/lazy_state.py [--share 0.25] [--adam] [--repeat 200]
 
-The weights are those of MobileNetV2's last blocks, trained by SGD with momentum. "waits": what is not chosen keeps its value and its
+The weights are those of MobileNetV2's last blocks, trained by SGD with momentum or, as compiled, by Adam. "waits": what is not chosen keeps its value and its
 state. "decays": a zero gradient for what is not chosen, as torch.optim would have it. Each as this version compiles it, where a step
 returns new tensors; and in place, as plain loops over what has to change, where all that is not written costs nothing.
 """
@@ -23,7 +23,7 @@ from tvm.target import Target
 
 from tvmtrain import builder, operators, runtime, targets
 from tvmtrain.passes.append_optimizer import _Update
-from tvmtrain.spec import SGD
+from tvmtrain.spec import SGD, Adam, Optimizer
 
 # Weights of torchvision's mobilenet_v2, features.16 to 18.
 WEIGHTS = {
@@ -36,23 +36,21 @@ WEIGHTS = {
 MOMENTUM = 0.9
 
 
-def update(shape: tuple[int, ...], share: float, waits: bool) -> tvm.IRModule:
-    """(weight, momentum, gradient of the chosen channels, channels, rate) -> (momentum, weight)."""
+def update(shape: tuple[int, ...], share: float, waits: bool, optimizer: Optimizer) -> tvm.IRModule:
+    """(weight, gradient of the chosen channels, channels, rate, state) -> (state, weight)."""
     axis = 0 if shape[1] == 1 else 1
     count = round(share * shape[axis])
     sliced = [count if a == axis else n for a, n in enumerate(shape)]
     w, g = (relax.Var(name, relax.TensorType(list(s), "float32")) for name, s in (("w", shape), ("g", sliced)))
     channels = relax.Var("channels", relax.TensorType([count], "int32"))
     bb = relax.BlockBuilder()
-    rule = _Update(bb, SGD(momentum=MOMENTUM), channels={"w": channels} if waits else {})
-    state = relax.Var("optimizer:momentum:w", relax.TensorType(list(shape), "float32"))
+    rule = _Update(bb, optimizer, channels={"w": channels} if waits else {})
     with bb.function("update"):
         with bb.dataflow():
             dense = g if waits else bb.emit(operators.put(bb.emit(R.zeros(shape, "float32")), channels, g, axis))
             rule.run({"w": w}, {"w": dense})
             results = [bb.emit_output(value) for value in rule.results.values()]
-        state = next(iter(rule.state.values()))
-        bb.emit_func_output(relax.Tuple(results), [w, state, g, channels, rule.rate])
+        bb.emit_func_output(relax.Tuple(results), [w, g, channels, rule.rate, *rule.state.values()])
     return bb.get()
 
 
@@ -96,12 +94,13 @@ def decaying(o: int, i: int, taps: int, k: int) -> tirx.PrimFunc:
     return main
 
 
-def compiled(shape: tuple[int, ...], share: float, waits: bool) -> Callable[[], None]:
-    executable = builder.compile_module(update(shape, share, waits), targets.load("host"))
-    function = relax.VirtualMachine(executable, tvm.cpu())["update"]
+def compiled(shape: tuple[int, ...], share: float, waits: bool, optimizer: Optimizer) -> Callable[[], None]:
+    module = update(shape, share, waits, optimizer)
+    function = relax.VirtualMachine(builder.compile_module(module, targets.load("host")), tvm.cpu())["update"]
     axis = 0 if shape[1] == 1 else 1
-    arguments = tensors(shape, axis, round(share * shape[axis]), ())
-    return lambda: function(*arguments)
+    w, m, *rest = tensors(shape, axis, round(share * shape[axis]), ())
+    state = [tvm.runtime.tensor(np.array(1, "int64")), m, m] if isinstance(optimizer, Adam) else [m]
+    return lambda: function(w, *rest, *state)
 
 
 def in_place(shape: tuple[int, ...], share: float, waits: bool) -> Callable[[], None]:
@@ -136,14 +135,18 @@ def milliseconds(call: Callable[[], None], repeat: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", type=float, default=0.25)
+    parser.add_argument("--adam", action="store_true")
     parser.add_argument("--repeat", type=int, default=200)
     options = parser.parse_args()
     runtime.use_threads(runtime.default_threads())
+    optimizer = Adam() if options.adam else SGD(momentum=MOMENTUM)
     titles = [f"{rule}{how}" for how in ("", ", in place") for rule in ("waits", "decays")]
     print(f"{'ms':<12}{'weight':>14}", *(f"{title:>17}" for title in titles))
     rows = []
     for name, shape in WEIGHTS.items():
-        made = [make(shape, options.share, waits) for make in (compiled, in_place) for waits in (True, False)]
+        made = [compiled(shape, options.share, waits, optimizer) for waits in (True, False)]
+        if not options.adam:
+            made += [in_place(shape, options.share, waits) for waits in (True, False)]
         rows.append([milliseconds(call, options.repeat) for call in made])
         print(f"{name:<12}{'x'.join(map(str, shape)):>14}", *(f"{value:>17.3f}" for value in rows[-1]))
     print(f"{'all':<26}", *(f"{sum(column):>17.3f}" for column in zip(*rows, strict=True)))
