@@ -2,9 +2,9 @@
 
     python benchmarks/lazy_state.py [--share 0.25] [--adam] [--repeat 200]
 
-The weights are those of MobileNetV2's last blocks, trained by SGD with momentum or, as compiled, by Adam. "waits": what is not chosen keeps its value and its
-state. "decays": a zero gradient for what is not chosen, as torch.optim would have it. Each as this version compiles it, where a step
-returns new tensors; and in place, as plain loops over what has to change, where all that is not written costs nothing.
+The weights are those of MobileNetV2's last blocks, trained by SGD with momentum or, as compiled, by Adam. "waits": what is not
+chosen keeps its value and its state. "decays": a zero gradient for what is not chosen, as torch.optim would have it. Each as this
+version compiles it, where a step returns new tensors; and in place, as plain loops over what has to change.
 """
 
 from __future__ import annotations
