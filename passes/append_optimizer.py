@@ -30,9 +30,14 @@ CLIP_EPSILON = 1e-6  # clip_grad_norm_'s own
 class AppendOptimizer:
     """optimizer: which rule, with its constants. Its state becomes arguments and results, named ``optimizer:kind:parameter``.
 
-    A gradient of some channels (``passes.views``) updates them and their state, and nothing else: the state of a channel that is
-    not chosen waits, where ``torch.optim`` would let it decay and go on moving the weight. fixed: weights whose channels never
-    change; they have state for those alone.
+    A gradient of some channels (``passes.views``) updates them and their state, and nothing else. The state of a channel that is
+    not chosen waits, as in ``torch.optim.SparseAdam``; a zero gradient in ``torch.optim`` would let it decay and go on moving the
+    weight, and weight decay would shrink it. fixed: weights whose channels never change; they have state for those alone.
+
+    Time does not decide this. One update of MobileNetV2's last five weights, a quarter of the channels, one busy core of a server
+    (``python benchmarks/lazy_state.py``): 2.0 ms waiting and 1.4 ms decaying as compiled now, where ``put`` copies the rest; 0.4
+    and 0.3 ms in place, as chosen channels lie in nearly every cache line; 0.25 ms each at an eighth. What decides: fixed channels
+    need only their share of the state's memory, and what a step does not train keeps its bits and can lie in slower memory.
     """
 
     optimizer: Optimizer

@@ -136,7 +136,8 @@ class LayerUpdate:
 
     weight: share of the input channels (channels, for a depthwise convolution) whose weights are trained; 0: the bias alone.
     filter: gradient filtering with patches of r or (r_h, r_w); None: exact gradients.
-    select: which channels: "first", "magnitude", "random" or "rotate".
+    select: which channels: "first" or "magnitude" (the same in every step), "random" or "rotate" (others, until all were trained);
+    those that a step does not train keep their weights and their optimizer state (``passes.append_optimizer``).
     scaling: of filtered gradients where the stride is more than 1: "unbiased", or the larger ones of the "paper".
     """
 
