@@ -72,7 +72,9 @@ class FilteredConv(torch.autograd.Function):
         return dx.to(kind), dw.to(kind), None
 
 
-def filtered_gradients(x: torch.Tensor, w: torch.Tensor, gy: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
+def filtered_gradients(
+    x: torch.Tensor, w: torch.Tensor, gy: torch.Tensor, geometry: Geometry
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(dX, dW) of the shapes of x and w."""
     of_y, of_x = [], []
     for axis in (0, 1):
