@@ -98,6 +98,6 @@ class _Found:
         """The new call's view and channels become arguments; a view that it has replaced is dropped."""
         for role, var in zip(("view", "channels"), value.args[2:], strict=False):
             old = self.all.get((role, reader.name))
-            if old is not None and old is not var:
+            if old is not None and not old.same_as(var):
                 self.dropped.add(old)
             self.all[(role, reader.name)] = var

@@ -35,12 +35,14 @@ class Geometry:
         return (size + 2 * self.padding[axis] - reach) // self.stride[axis] + 1
 
     def defined(self, size: int, axis: int) -> bool:
-        """Whether PyTorch's pooling, of which the authors' code consists, takes these patches along an axis."""
+        """Whether PyTorch's pooling, of which the authors' code consists, takes these patches along an axis, and dX covers it."""
         places = ceil(self.output(size, axis) / self.patch[axis])
         span = self.patch[axis] * self.stride[axis]
+        if places * span < size:
+            return False
         try:
             pooled = F.avg_pool1d(torch.zeros(1, 1, size), span, span, ceil((places * span - size) / 2))
-        except RuntimeError:  # a negative border, or one of more than half a patch
+        except RuntimeError:  # a border of more than half a patch
             return False
         apart = self.dilation[axis] > 1 and self.dilation[axis] >= self.patch[axis]
         return pooled.shape[-1] == places and not (apart and self.kernel[axis] % 2 == 0)

@@ -97,7 +97,7 @@ def data(mod: tvm.IRModule, channels: Mapping[str, Sequence[int]] | None = None)
         if port[0] == "channels":
             values[port] = np.array((channels or {})[port[1]], "int32")
         else:
-            values[port] = random.normal(size=[int(d) for d in var.ty.shape]).astype("float32")
+            values[port] = np.asarray(random.normal(size=[int(d) for d in var.ty.shape]), str(var.ty.dtype))
     return values
 
 
@@ -226,7 +226,8 @@ def test_a_frozen_weight_filters_the_gradient_of_its_input_alone() -> None:
 
 
 def test_summed_patches_of_x_are_all_that_the_weight_gradient_reads() -> None:
-    mod = relax.transform.DeadCodeElimination()(filtered([Case(Geometry())], trained=["w0"]))
+    clean = Sequential([relax.transform.CanonicalizeBindings(), relax.transform.DeadCodeElimination()])
+    mod = clean(filtered([Case(Geometry())], trained=["w0"]))
     calls = [b.value for b in mod["adjoint"].body.blocks[0].bindings if isinstance(b.value, relax.Call)]
     x = next(v for p, v in zip(signature.inputs(mod["adjoint"]), mod["adjoint"].params, strict=True) if p[1] == "x0")
     readers = [str(call.op.name) for call in calls if any(arg.same_as(x) for arg in call.args)]
@@ -342,7 +343,7 @@ def full_gradients(mod: tvm.IRModule, size: tuple[int, int]) -> list[str]:
     return [
         str(c.op.name)
         for c in calls
-        if str(c.op.name) in maps and len(c.ty.shape) == 4 and tuple(int(d) for d in c.ty.shape[2:]) == size
+        if str(c.op.name) in maps and len(c.ty.shape) == 4 and tuple(int(d) for d in list(c.ty.shape)[2:]) == size
     ]
 
 
@@ -355,9 +356,9 @@ def test_between_filtered_layers_gradients_stay_in_patches(name: str, size: tupl
     assert full_gradients(pooled, size) == []
     values = data(plain)
     values[next(port for port in values if port[0] == "target")] = np.array([0, 2])
-    for name_, port in ((p[1], p) for p in values if p[1].endswith("running_var")):
-        values[port] = np.abs(values[port]) + 0.5
-        assert name_
+    for port in values:
+        if port[1].endswith("running_var"):
+            values[port] = np.abs(values[port]) + 0.5
     ours, theirs = run(pooled, values), run(plain, values)
     assert set(ours) == set(theirs)
     for each, value in theirs.items():
@@ -393,7 +394,7 @@ def test_a_filtered_step_is_pytorch_s_with_the_equations_in_its_convolutions() -
     body = [nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), Residual(), nn.Conv2d(4, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU()]
     model = nn.Sequential(*body, *tail(6)).eval()
     x, y = torch.randn(3, 2, 9, 8), torch.tensor([0, 2, 1])
-    graph = tt.trace(model, x, y, optimizer=tt.SGD(lr=0.2, momentum=0.9, weight_decay=0.01, clip_norm=0.5))
+    graph = tt.trace(model, x, y, optimizer=tt.SGD(lr=0.2, momentum=0.9, weight_decay=0.01, clip_norm=0.1))
     plan = tt.UpdatePlan.last(graph.layers, 3, filter=2, batchnorm=True)
     step = tt.build(graph.apply(plan), quick_device(), gradients=True).load()
 
@@ -414,7 +415,7 @@ def test_a_filtered_step_is_pytorch_s_with_the_equations_in_its_convolutions() -
             for name, p in theirs.named_parameters():
                 if p.requires_grad:
                     close(np.broadcast_to(gradients[name], p.shape), p.grad.numpy(), name)
-        assert float(nn.utils.clip_grad_norm_(trained, 0.5)) > 0.5
+        assert float(nn.utils.clip_grad_norm_(trained, 0.1)) > 0.1
         optimizer.step()
         assert step(x, y) == pytest.approx(loss.item(), rel=1e-4)
     state = step.state_dict()
