@@ -157,7 +157,7 @@ def drawn(draw: st.DrawFn) -> Case:
 
 
 # Compiling takes the time: many cases share a module, and none are made smaller after a failure, whose message names its case.
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, phases=[Phase.generate])
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, phases=[Phase.generate])
 @given(st.lists(drawn(), min_size=12, max_size=12))
 def test_any_convolution_follows_the_equations_or_is_refused(cases: list[Case]) -> None:
     for case in cases:
