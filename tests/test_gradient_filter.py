@@ -365,6 +365,34 @@ def test_between_filtered_layers_gradients_stay_in_patches(name: str, size: tupl
         close(ours[each], value, (name, each), 1e-5)
 
 
+def two_layers() -> tvm.IRModule:
+    """loss = sum(conv(relu(conv(x, a)), b) * t), by hand; both layers are filtered in patches of 2."""
+    shapes = {"x": (1, 2, 7, 6), "t": (1, 2, 7, 6), "a": (3, 2, 3, 3), "b": (2, 3, 3, 3)}
+    x, t, a, b = (relax.Var(name, relax.TensorType(list(shape), "float32")) for name, shape in shapes.items())
+    bb = relax.BlockBuilder()
+    with bb.function("forward", [x, t, a, b]):
+        with bb.dataflow():
+            hidden = bb.emit(R.nn.relu(bb.emit(R.nn.conv2d(x, a, padding=1))))
+            out = bb.emit(R.nn.conv2d(hidden, b, padding=1))
+            loss = bb.emit_output(R.sum(bb.emit(R.multiply(out, t))))
+        bb.emit_func_output(relax.Tuple([loss]))
+    mod = bb.get()
+    ports = [("input", "x"), ("target", "t"), ("parameter", "a"), ("parameter", "b")]
+    mod["forward"] = signature.with_ports(mod["forward"], ports, [("loss", "loss")])
+    return mod
+
+
+def test_the_gradient_between_two_layers_becomes_a_product_with_the_mean_of_the_mask() -> None:
+    steps = [GradientFilter({"a": (2, 2), "b": (2, 2)}), StopGradients(("a", "b")), Differentiate(("a", "b"))]
+    clean = [relax.transform.CanonicalizeBindings(), relax.transform.DeadCodeElimination()]
+    before = names(Sequential([*steps, *clean])(two_layers()))
+    after = names(Sequential([*steps, PooledDomain(), *clean])(two_layers()))
+    dgrad = before.index("tvmtrain.conv2d_dgrad")
+    short = [[name.rpartition(".")[2] for name in each[dgrad + 1 :]] for each in (before, after)]
+    assert short[0] == ["patch_sum", "unpatch", "conv2d_wgrad", "greater", "where", "patch_mean", "patch_sum", "conv2d_wgrad"]
+    assert short[1] == ["patch_sum", "conv2d_wgrad", "greater", "astype", "patch_mean", "multiply", "patch_sum", "conv2d_wgrad"]
+
+
 def test_patches_that_overlap_in_part_go_through_the_full_resolution() -> None:
     """14 rows make 7 patches of 2; after a stride of 2, 4 patches of 4 that begin one row before the map."""
     pooled, _ = adjoints("stride 2", (14, 16))
