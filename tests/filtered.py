@@ -92,7 +92,7 @@ def filtered_gradients(
     n, groups = len(x), geometry.groups
     g = g.reshape(n, groups, -1, *g.shape[2:])
     pooled = pooled.reshape(n, groups, -1, *pooled.shape[2:])
-    # Equation 4: one number for all taps.
+    # One number for all taps.
     dw = torch.einsum("ngopq,ngipq->goi", g, pooled).reshape(*w.shape[:2], 1, 1).expand(w.shape)
     dx = torch.zeros_like(pooled)
     by_group = w.reshape(groups, -1, *w.shape[1:])
@@ -104,7 +104,7 @@ def filtered_gradients(
 
 
 def apart(geometry: Geometry, axis: int, tap: int) -> int:
-    """By how many patches g is moved for a tap: 0 where taps are summed (equation 3)."""
+    """By how many patches g is moved for a tap: 0 where taps are summed."""
     dilation, patch = geometry.dilation[axis], geometry.patch[axis]
     if dilation == 1 or dilation < patch:
         return 0

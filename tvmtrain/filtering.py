@@ -1,4 +1,4 @@
-"""Gradient filtering: the backward of a convolution on patches (Yang, Li and Marculescu, CVPR 2023, arXiv 2301.00330, section 3).
+"""Gradient filtering: the backward of a convolution on patches (Yang, Li and Marculescu, CVPR 2023, arXiv 2301.00330).
 
     y = conv(x, w)      gy: gradient of y, in patches of r_h x r_w      x: in patches of r_h*s_h x r_w*s_w
 
