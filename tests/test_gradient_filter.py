@@ -23,11 +23,13 @@ from tvm.runtime.vm import VirtualMachine
 import tvmtrain as tt
 from tvmtrain import builder, filtering, signature
 from tvmtrain.errors import PlanError
+from tvmtrain.passes.append_optimizer import AppendOptimizer
 from tvmtrain.passes.differentiate import Differentiate
 from tvmtrain.passes.gradient_filter import GradientFilter
 from tvmtrain.passes.pooled_domain import PooledDomain
 from tvmtrain.passes.sparse_update import SparseUpdate
 from tvmtrain.passes.stop_gradients import StopGradients
+from tvmtrain.spec import SGD
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,28 @@ def test_chosen_channels_of_a_filtered_layer(name: str) -> None:
     assert gradients["w0"].shape == (*wanted.shape[:2], 1, 1)
     close(gradients["w0"], wanted[..., :1, :1], name)
     close(gradients["x0"], dx, name)
+
+
+def test_the_update_reaches_all_taps_of_chosen_channels_and_counts_each_in_the_clip_norm() -> None:
+    case, channels = SPARSE["dense"]
+    mod = filtered([case], before=[SparseUpdate({"w0": 3})], trained=["w0"])
+    step = AppendOptimizer(SGD(momentum=0.5, clip_norm=2.0))(mod)
+    values = data(mod, {"w0": channels})
+    values |= {("rate", "rate"): np.array(0.1, "float32")}
+    ports = signature.inputs(step["train_step"])
+    values[ports[-1]] = old = np.ones((3, 5, 1, 1), "float32")
+    with tvm.ir.transform.PassContext():
+        executable = builder.compile_module(step, quick_device())
+    results = VirtualMachine(executable, tvm.cpu())["train_step"](*[tvm.runtime.tensor(values[port]) for port in ports])
+    new = {port: out.numpy() for port, out in zip(signature.outputs(step["train_step"]), results, strict=True)}
+
+    gradient = torch.from_numpy(expected(case, 0, values)[1][:, channels])
+    gradient *= 2.0 / gradient.norm()
+    momentum, w = old.copy(), values[("parameter", "w0")].copy()
+    momentum[:, channels] = 0.5 * momentum[:, channels] + gradient.numpy()[..., :1, :1]
+    w[:, channels] -= 0.1 * momentum[:, channels]
+    close(new[ports[-1]], momentum, "momentum")
+    close(new[("parameter", "w0")], w, "weight")
 
 
 def test_a_frozen_weight_filters_the_gradient_of_its_input_alone() -> None:
