@@ -8,6 +8,7 @@ import tvm
 from tvm import relax
 from tvm.ir import Op
 from tvm.ir.transform import PassContext, module_pass
+from tvm.relax.analysis import remove_all_unused
 
 from tvmtrain import autodiff, operators, signature
 
@@ -48,7 +49,11 @@ class _Unmark(relax.PyExprMutator):
 
 
 def _without_views(function: relax.Function, inputs: list[signature.Port], outputs: list[signature.Port]) -> relax.Function:
-    """``function`` without the parameters that only had a gradient."""
+    """``function`` without the parameters that only had a gradient.
+
+    A view of which no gradient is asked for has a mark that stopped it; it goes first.
+    """
+    function = remove_all_unused(function)
     kept = [i for i, (role, _) in enumerate(inputs) if role != "view"]
     params = [function.params[i] for i in kept]
     function = relax.Function(params, function.body, function.ret_ty, function.is_pure, function.attrs)

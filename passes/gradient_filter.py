@@ -3,7 +3,7 @@
     y = conv2d(x, w)   -->   y = viewed_conv2d(x, w, view, patch);   g = patch_mean(dy)
                              dview = wgrad(patch_sum(x), g);   dx = unpatch(dgrad(g, sum of w over its taps))
 
-Gradient filtering (Yang, Li and Marculescu, CVPR 2023, arXiv 2301.00330, equations 2 to 6); formulas and scalings stand in
+Gradient filtering (Yang, Li and Marculescu, CVPR 2023, arXiv 2301.00330); formulas and scalings stand in
 ``tvmtrain.filtering``. The view has one number for all taps of a kernel: [O, k, 1, 1].
 
 Refused, with a PlanError that names the weight:

@@ -35,12 +35,14 @@ class Geometry:
         return (size + 2 * self.padding[axis] - reach) // self.stride[axis] + 1
 
     def defined(self, size: int, axis: int) -> bool:
-        """Whether PyTorch's pooling, of which the authors' code consists, takes these patches along an axis."""
+        """Whether PyTorch's pooling, of which the authors' code consists, takes these patches along an axis, and dX covers it."""
         places = ceil(self.output(size, axis) / self.patch[axis])
         span = self.patch[axis] * self.stride[axis]
+        if places * span < size:
+            return False
         try:
             pooled = F.avg_pool1d(torch.zeros(1, 1, size), span, span, ceil((places * span - size) / 2))
-        except RuntimeError:  # a negative border, or one of more than half a patch
+        except RuntimeError:  # a border of more than half a patch
             return False
         apart = self.dilation[axis] > 1 and self.dilation[axis] >= self.patch[axis]
         return pooled.shape[-1] == places and not (apart and self.kernel[axis] % 2 == 0)
@@ -90,7 +92,7 @@ def filtered_gradients(
     n, groups = len(x), geometry.groups
     g = g.reshape(n, groups, -1, *g.shape[2:])
     pooled = pooled.reshape(n, groups, -1, *pooled.shape[2:])
-    # Equation 4: one number for all taps.
+    # One number for all taps.
     dw = torch.einsum("ngopq,ngipq->goi", g, pooled).reshape(*w.shape[:2], 1, 1).expand(w.shape)
     dx = torch.zeros_like(pooled)
     by_group = w.reshape(groups, -1, *w.shape[1:])
@@ -102,7 +104,7 @@ def filtered_gradients(
 
 
 def apart(geometry: Geometry, axis: int, tap: int) -> int:
-    """By how many patches g is moved for a tap: 0 where taps are summed (equation 3)."""
+    """By how many patches g is moved for a tap: 0 where taps are summed."""
     dilation, patch = geometry.dilation[axis], geometry.patch[axis]
     if dilation == 1 or dilation < patch:
         return 0

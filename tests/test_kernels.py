@@ -94,6 +94,7 @@ def test_convolutions(case: Convolution) -> None:
         pytest.param(Convolution(2, 40, 24, 1, (7, 7), (1, 1), (1, 1), (1, 1), (0, 0, 0, 0)), id="pointwise, 7x7"),
         pytest.param(Convolution(2, 24, 40, 1, (8, 8), (1, 1), (1, 1), (1, 1), (0, 0, 0, 0)), id="pointwise, 8x8"),
         pytest.param(Convolution(2, 8, 16, 1, (9, 7), (1, 1), (2, 2), (1, 1), (0, 0, 0, 0)), id="pointwise, stride 2"),
+        pytest.param(Convolution(1, 3, 3, 1, (5, 1), (1, 1), (1, 1), (1, 1), (0, 0, 0, 0)), id="pointwise, one column"),
         pytest.param(Convolution(2, 3, 32, 1, (33, 33), (3, 3), (2, 2), (1, 1), (1, 1, 1, 1)), id="first layer"),
         pytest.param(Convolution(1, 16, 16, 1, (14, 14), (3, 3), (1, 1), (1, 1), (0, 0, 1, 1)), id="padded at the end only"),
         pytest.param(Convolution(1, 4, 4, 2, (8, 8), (2, 2), (3, 3), (1, 1), (0, 0, 0, 0)), id="stride beyond the kernel"),

@@ -30,9 +30,10 @@ def test_full_names_every_layer() -> None:
 
 
 def test_last_takes_convolutions_from_the_end_and_the_linear_layers_after_them() -> None:
-    plan = UpdatePlan.last(LAYERS, 2, weight=0.5, filter=2, select="random")
+    plan = UpdatePlan.last(LAYERS, 2, weight=0.5, filter=2, select="random", scaling="paper")
     assert list(plan.layers) == ["body", "head", "classifier"]
-    assert plan.layers["body"] == LayerUpdate(0.5, True, 2, "random")
+    assert plan.layers["body"] == LayerUpdate(0.5, True, 2, "random", "paper")
+    assert plan.layers["body"].patch == (2, 2)
     assert plan.layers["classifier"] == LayerUpdate()
     assert list(UpdatePlan.last(LAYERS, 1, batchnorm=True).layers) == ["head", "head_norm", "classifier"]
     assert list(UpdatePlan.last(LAYERS, 0).layers) == ["classifier"]
@@ -45,7 +46,7 @@ def test_more_convolutions_than_there_are() -> None:
 
 @pytest.mark.parametrize("patch", [None, 2, (2, 3)])
 def test_toml_gives_the_plan_back(patch: int | tuple[int, int] | None, tmp_path: Path) -> None:
-    plan = UpdatePlan({"features.1.conv": LayerUpdate(0.25, False, patch, "rotate"), 'odd "name"': LayerUpdate()})
+    plan = UpdatePlan({"features.1.conv": LayerUpdate(0.25, False, patch, "rotate", "paper"), 'odd "name"': LayerUpdate()})
     assert UpdatePlan.from_toml(plan.to_toml()) == plan
     path = tmp_path / "plan.toml"
     path.write_text(plan.to_toml(), encoding="utf-8")
@@ -63,6 +64,9 @@ def test_an_unknown_layer_lists_near_matches() -> None:
         '[layers."a"]\nweight = 2.0\n',
         '[layers."a"]\nselect = "best"\n',
         '[layers."a"]\nfilter = 0\n',
+        '[layers."a"]\nfilter = [2]\n',
+        '[layers."a"]\nfilter = true\n',
+        '[layers."a"]\nscaling = "none"\n',
         '[layers."a"]\nwheight = 1.0\n',
         '[layers."a"]\nweight = "all"\n',
         '[layers."a"]\nbias = 1\n',

@@ -1,4 +1,4 @@
-"""Gradient filtering: the backward of a convolution on patches (Yang, Li and Marculescu, CVPR 2023, arXiv 2301.00330, section 3).
+"""Gradient filtering: the backward of a convolution on patches (Yang, Li and Marculescu, CVPR 2023, arXiv 2301.00330).
 
     y = conv(x, w)      gy: gradient of y, in patches of r_h x r_w      x: in patches of r_h*s_h x r_w*s_w
 
@@ -8,8 +8,8 @@
     dW    = sum over n and p of xs[i, p] * g[o, p], the same number for every tap
 
 As many patches as cover y; both maps lie in the middle of theirs, with the odd place of the border before them. Where an axis is
-dilated by at least a patch, its taps are not summed: they reach g from ``dilation // r`` patches apart (the authors' rule for
-dilated convolutions).
+dilated by at least a patch, its taps are not summed: they reach g from ``dilation // r`` patches apart. This is the rule of the
+authors' code for kernels of 3 taps, at every stride; here it is applied to any odd number of taps.
 
 The authors' dX and dW are s_h*s_w times too large where stride is more than 1 (scaling "paper"): each place of y stands for s_h*s_w
 places of x in the patch of x, and is a mean, not a sum. Scaling "unbiased" divides both by s_h*s_w.

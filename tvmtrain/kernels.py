@@ -134,9 +134,13 @@ def _mix_channels(x: te.Tensor, weight: Callable, outputs: int, name: str) -> te
         name="packed",
     )
     product = te.compute((outputs, places), lambda o, j: te.sum(weight(o, c) * packed[c, j], axis=[c]), name=name)
-    return te.compute(
-        (batch, outputs, height, width), lambda n, o, h, v: product[o, n * area + h * width + v], name=f"{name}_map"
-    )
+
+    def place(n: Any, h: Any, v: Any) -> Any:
+        # Axes of one step are left out: with them, reverse_compute_at (TVM 0.27) writes only a part of a map of 5x1.
+        steps = [i * step for i, step, size in ((n, area, batch), (h, width, height), (v, 1, width)) if size > 1]
+        return sum(steps[1:], steps[0]) if steps else 0
+
+    return te.compute((batch, outputs, height, width), lambda n, o, h, v: product[o, place(n, h, v)], name=f"{name}_map")
 
 
 def _subsampled(x: te.Tensor, conv: _Conv) -> te.Tensor:
