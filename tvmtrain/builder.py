@@ -17,6 +17,7 @@ from tvm.target import Target
 from tvmtrain import kernels, pool_kernels, runtime, schedules, targets  # noqa: F401
 from tvmtrain.artifact import Artifact, Entry, Manifest, TensorSpec
 from tvmtrain.graph import TrainGraph
+from tvmtrain.passes.plan_arena import PlanArena
 from tvmtrain.spec import optimizer_to_dict
 from tvmtrain.targets import Device
 
@@ -92,22 +93,35 @@ def lower(mod: tvm.IRModule, device: Device) -> tvm.IRModule:
         return schedules.apply(steps(mod), device)
 
 
-def compile_module(mod: tvm.IRModule, device: Device) -> Executable:
-    """Native code of every Relax function of ``mod`` (static shapes) for ``device``."""
-    target = Target(dict(device.target))
-    with PassContext(opt_level=3):
-        return tvm.compile(lower(mod, device), target=target, relax_pipeline=_virtual_machine())
-
-
-def _virtual_machine() -> Sequential:
-    """Relax's own lowering to its virtual machine; memory is planned once, for the whole function."""
-    return Sequential(
+def plan(mod: tvm.IRModule) -> tvm.IRModule:
+    """Lowered functions with every tensor's place in memory; the bytes are attributes of the functions (``passes.plan_arena``)."""
+    steps = Sequential(
         [
             relax.transform.RewriteDataflowReshape(),
             relax.transform.ToNonDataflow(),
             relax.transform.RemovePurityChecking(),
             relax.transform.CallTIRRewrite(),
-            relax.transform.StaticPlanBlockMemory(),
+            PlanArena(),
+        ]
+    )
+    with PassContext(opt_level=3):
+        return steps(mod)
+
+
+def compile_module(mod: tvm.IRModule, device: Device) -> Executable:
+    """Native code of every Relax function of ``mod`` (static shapes) for ``device``."""
+    return _compiled(plan(lower(mod, device)), device)
+
+
+def _compiled(planned: tvm.IRModule, device: Device) -> Executable:
+    with PassContext(opt_level=3):
+        return tvm.compile(planned, target=Target(dict(device.target)), relax_pipeline=_virtual_machine())
+
+
+def _virtual_machine() -> Sequential:
+    """Relax's own lowering to its virtual machine."""
+    return Sequential(
+        [
             relax.transform.LowerAllocTensor(),
             relax.transform.KillAfterLastUse(),
             relax.transform.LowerRuntimeBuiltin(),
