@@ -14,6 +14,7 @@ from tvm.ir.transform import Sequential
 
 from tvmtrain.passes.append_optimizer import AppendOptimizer
 from tvmtrain.passes.differentiate import Differentiate
+from tvmtrain.passes.guard_state import GuardState
 from tvmtrain.passes.return_gradients import ReturnGradients
 from tvmtrain.passes.sparse_update import SparseUpdate
 from tvmtrain.passes.stop_gradients import StopGradients
@@ -49,6 +50,9 @@ def pipeline(training: Training, optimizer: Optimizer, *, gradients: bool = Fals
             *([ReturnGradients()] if gradients else []),
             # 3. The update.
             AppendOptimizer(optimizer, training.fixed),
+            # The names of results, so that a guard finds the value itself.
+            relax.transform.CanonicalizeBindings(),
+            GuardState(),
             # 4. Names that only rename, and what nothing reads.
             relax.transform.CanonicalizeBindings(),
             relax.transform.DeadCodeElimination(),

@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "importer": {"artifact", "converters", "errors", "onnx_model", "signature", "spec", "translator"},
     "autodiff": {"operators", "signature"},
     "arena": set(),
-    "passes": {"arena", "autodiff", "errors", "operators", "signature", "spec"},
+    "passes": {"arena", "artifact", "autodiff", "errors", "operators", "signature", "spec"},
     "graph": {"artifact", "autodiff", "converters", "errors", "importer", "passes", "signature", "spec"},
     "kernels": {"operators"},
     "pool_kernels": {"kernels"},

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import functools
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
+import tvm
 import tvm_ffi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from tvm import relax
+from tvm.ir.transform import Sequential
 
 import tvmtrain as tt
-from tvmtrain import arena, builder, targets
-from tvmtrain.passes import plan_arena
+from tvmtrain import arena, builder, passes, targets
+from tvmtrain.errors import NonFiniteLossError
+from tvmtrain.passes import order, plan_arena
 
 # --- The planner alone ------------------------------------------------------------------------------------------------------
 
@@ -85,6 +90,47 @@ def test_a_plan_of_nothing_and_the_same_plan_twice():
     assert arena.plan(blocks) == arena.plan(blocks)
 
 
+# --- The order --------------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def graphs(draw):
+    """Operations that read up to two earlier ones; some make nothing."""
+    count = draw(st.integers(1, 14))
+    reads = [set(draw(st.lists(st.integers(0, i - 1), max_size=2))) if i else set() for i in range(count)]
+    return order.Problem(reads, draw(st.lists(st.integers(0, 100), min_size=count, max_size=count)), reads)
+
+
+def simulated(problem: order.Problem, sequence: list[int]) -> int:
+    """The peak, by running the operations: every result stays until its last reader is done."""
+    alive, done, highest = set(), set(), 0
+    for i in sequence:
+        assert problem.before[i] <= done
+        done.add(i)
+        alive.add(i)
+        highest = max(highest, sum(problem.size[j] for j in alive))
+        alive = {j for j in alive if any(j in problem.reads[k] for k in range(len(problem.size)) if k not in done)}
+    return highest
+
+
+@given(graphs())
+@settings(max_examples=150, deadline=None)
+def test_an_order_is_valid_and_never_worse_than_the_one_before(problem):
+    found = order.best_order(problem)
+    assert sorted(found) == list(range(len(problem.size)))
+    assert simulated(problem, found) == order.peak(problem, found)
+    assert simulated(problem, found) <= simulated(problem, list(range(len(found))))
+    assert found == order.best_order(problem)
+
+
+def test_what_frees_memory_runs_first():
+    # Two large values, each read by an operation with a small result: one after the other, they are never alive together.
+    reads = [set(), set(), {0}, {1}, {2, 3}]
+    problem = order.Problem(reads, [100, 100, 1, 1, 1], reads)
+    assert order.peak(problem, list(range(5))) == 201
+    assert order.peak(problem, order.best_order(problem)) == 102
+
+
 # --- What the runtime allocates ---------------------------------------------------------------------------------------------
 
 
@@ -138,6 +184,22 @@ def built() -> tt.Artifact:
 
 
 @contextmanager
+def overridden(name: str) -> Iterator[list[tuple[tuple, object]]]:
+    """(arguments, result) of every call of a function of TVM's virtual machine."""
+    original, calls = tvm_ffi.get_global_func(name), []
+
+    def recorded(*args):
+        calls.append((args, original(*args)))
+        return calls[-1][1]
+
+    tvm_ffi.register_global_func(name, recorded, override=True)
+    try:
+        yield calls
+    finally:
+        tvm_ffi.register_global_func(name, original, override=True)
+
+
+@contextmanager
 def allocations() -> Iterator[list[int]]:
     """Bytes of every storage that TVM's virtual machine allocates."""
     name = "vm.builtin.alloc_storage"
@@ -154,10 +216,14 @@ def allocations() -> Iterator[list[int]]:
         tvm_ffi.register_global_func(name, original, override=True)
 
 
+@functools.cache
+def planned() -> tvm.IRModule:
+    return builder.plan(builder.lower(traced().module(), targets.load("host")))
+
+
 def figures(name: str) -> dict[str, int]:
     """Bytes of a compiled function, by the attributes of its plan."""
-    planned = builder.plan(builder.lower(traced().module(), targets.load("host")))
-    attrs = planned[name].attrs
+    attrs = planned()[name].attrs
     return {key: int(attrs[key]) for key in (plan_arena.ARENA, plan_arena.LOWER_BOUND, plan_arena.RESULTS)}
 
 
@@ -175,3 +241,102 @@ def test_the_arena_is_what_the_runtime_allocates():
 def test_the_arena_is_within_five_percent_of_the_lower_bound(name):
     wanted = figures(name)
     assert wanted[plan_arena.LOWER_BOUND] <= wanted[plan_arena.ARENA] <= 1.05 * wanted[plan_arena.LOWER_BOUND]
+
+
+def test_every_tensor_of_the_arena_lies_in_it():
+    """A tensor at an offset is no copy: its pointer is the arena's plus the offset."""
+    size = figures("train_step")[plan_arena.ARENA]
+    with overridden("vm.builtin.ensure_zero_offset") as calls:
+        step = built().load()
+        step(*batch())
+    places = [moved.data_ptr() for _, moved in calls]
+    assert places == [tensor.data_ptr() for (tensor,), _ in calls]
+    assert 0 < max(places) - min(places) < size
+    assert all(place % arena.ALIGNMENT == 0 for place in places)
+
+
+# --- State in place ---------------------------------------------------------------------------------------------------------
+
+
+def bits(step: tt.TrainStep) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in step._moment.tensors.items()}
+
+
+def with_optimizer(optimizer: tt.SGD | tt.Adam | tt.AdamW) -> tt.TrainGraph:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(8 * 22 * 22, 4)
+    )
+    return tt.trace(model, *batch(), optimizer=optimizer)
+
+
+OPTIMIZERS = {
+    "sgd": tt.SGD(lr=0.05),
+    "momentum": tt.SGD(lr=0.05, momentum=0.9, weight_decay=1e-2, nesterov=True, clip_norm=1.0),
+    "adam": tt.Adam(lr=0.01, weight_decay=1e-2),
+    "adamw": tt.AdamW(lr=0.01, weight_decay=1e-2),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_is_updated_where_it_is(name):
+    made = tt.build(with_optimizer(OPTIMIZERS[name]))
+    with allocations() as sizes:
+        step = made.load()
+        places = {key: tensor.data_ptr() for key, tensor in step._moment.tensors.items()}
+        for _ in range(3):
+            before = bits(step)
+            step(*batch())
+    after = bits(step)
+    assert {key: tensor.data_ptr() for key, tensor in step._moment.tensors.items()} == places
+    assert [key for key in before if before[key] == after[key]] == []
+    # The arena, the loss and the output; nothing for new state.
+    assert sizes == sizes[:3] * 3
+    assert sorted(sizes[1:3]) == [4, 64]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_same_bits_as_without_these_passes(name, monkeypatch):
+    graph = with_optimizer(OPTIMIZERS[name])
+    new = tt.build(graph).load()
+    monkeypatch.setattr(builder, "UpdateInPlace", lambda: Sequential([]))
+    monkeypatch.setattr(builder, "OrderForMemory", lambda: Sequential([]))
+    monkeypatch.setattr(builder, "PlanArena", relax.transform.StaticPlanBlockMemory)
+    monkeypatch.setattr(passes, "GuardState", lambda: Sequential([]))
+    old = tt.build(graph).load()
+    for _ in range(3):
+        assert new(*batch()) == old(*batch())
+    assert bits(new) == bits(old)
+    np.testing.assert_array_equal(new.outputs[0], old.outputs[0])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_loss_that_is_not_finite_leaves_every_bit(name):
+    step = tt.build(with_optimizer(OPTIMIZERS[name])).load()
+    step(*batch())
+    before, outputs = bits(step), step.outputs
+    x, y = batch()
+    with pytest.raises(NonFiniteLossError):
+        step(x * 1e38, y)
+    assert bits(step) == before
+    assert step.steps == 1
+    np.testing.assert_array_equal(step.outputs[0], outputs[0])
+
+
+def test_an_interrupt_waits_for_the_end_of_the_step(monkeypatch):
+    step = built().load()
+    run = step._run
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        results = run(*args)
+        signal.raise_signal(signal.SIGINT)
+        return results
+
+    before = bits(step)
+    monkeypatch.setattr(step, "_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        step(*batch())
+    assert step.steps == 1
+    assert bits(step) != before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

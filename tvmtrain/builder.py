@@ -17,7 +17,9 @@ from tvm.target import Target
 from tvmtrain import kernels, pool_kernels, runtime, schedules, targets  # noqa: F401
 from tvmtrain.artifact import Artifact, Entry, Manifest, TensorSpec
 from tvmtrain.graph import TrainGraph
+from tvmtrain.passes.order import OrderForMemory
 from tvmtrain.passes.plan_arena import PlanArena
+from tvmtrain.passes.update_in_place import UpdateInPlace
 from tvmtrain.spec import optimizer_to_dict
 from tvmtrain.targets import Device
 
@@ -98,6 +100,8 @@ def plan(mod: tvm.IRModule) -> tvm.IRModule:
     steps = Sequential(
         [
             relax.transform.RewriteDataflowReshape(),
+            UpdateInPlace(),
+            OrderForMemory(),
             relax.transform.ToNonDataflow(),
             relax.transform.RemovePurityChecking(),
             relax.transform.CallTIRRewrite(),
