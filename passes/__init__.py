@@ -15,6 +15,7 @@ from tvm.ir.transform import Sequential
 from tvmtrain.passes.append_optimizer import AppendOptimizer
 from tvmtrain.passes.differentiate import Differentiate
 from tvmtrain.passes.guard_state import GuardState
+from tvmtrain.passes.hoist_saved import HoistSaved
 from tvmtrain.passes.return_gradients import ReturnGradients
 from tvmtrain.passes.sparse_update import SparseUpdate
 from tvmtrain.passes.stop_gradients import StopGradients
@@ -56,5 +57,7 @@ def pipeline(training: Training, optimizer: Optimizer, *, gradients: bool = Fals
             # 4. Names that only rename, and what nothing reads.
             relax.transform.CanonicalizeBindings(),
             relax.transform.DeadCodeElimination(),
+            # 5. What the forward keeps for the backward.
+            HoistSaved(),
         ]
     )

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from math import prod
 
 import tvm
-from tvm import relax
+from tvm import relax, s_tir, tirx
 from tvm.ir import GlobalVar, Op
 from tvm.ir.transform import PassContext, module_pass
 from tvm.relax import op as R
 
-from tvmtrain import arena
+from tvmtrain import arena, signature
 
 ALLOC = "relax.builtin.alloc_tensor"
 
@@ -27,22 +27,30 @@ ALLOC = "relax.builtin.alloc_tensor"
 ARENA = "tvmtrain.arena"
 LOWER_BOUND = "tvmtrain.lower_bound"
 RESULTS = "tvmtrain.results"
+WORKSPACE = "tvmtrain.workspace"
+SAVED_FEATURES = "tvmtrain.saved_features"
+SAVED_MASKS = "tvmtrain.saved_masks"
+FIGURES = (ARENA, LOWER_BOUND, RESULTS, WORKSPACE, SAVED_FEATURES, SAVED_MASKS)
 
 
 @module_pass(opt_level=0, name="PlanArena")
 @dataclass(frozen=True)
 class PlanArena:
-    """Records ``ARENA``, ``LOWER_BOUND`` and ``RESULTS`` on each function."""
+    """Records ``FIGURES`` on each function.
+
+    results: what is returned in storage of its own. workspace: the most that one kernel allocates for itself, before TVM makes its
+    buffers smaller. saved: what lies in the arena while the loss is made and is read after it, numbers and masks.
+    """
 
     def transform_module(self, mod: tvm.IRModule, _ctx: PassContext) -> tvm.IRModule:
         result = mod.clone()
         for name, function in mod.functions_items():
             if isinstance(function, relax.Function):
-                result[name] = _planned(function)
+                result[name] = _planned(mod, function)
         return result
 
 
-def _planned(function: relax.Function) -> relax.Function:
+def _planned(mod: tvm.IRModule, function: relax.Function) -> relax.Function:
     life = liveness(function)
     inside = [var for var in life.blocks if var not in life.escaping]
     plan = arena.plan([life.blocks[var] for var in inside])
@@ -51,23 +59,57 @@ def _planned(function: relax.Function) -> relax.Function:
         ARENA: plan.size,
         LOWER_BOUND: arena.lower_bound([life.blocks[var] for var in inside]),
         RESULTS: sum(life.blocks[var].size for var in life.escaping),
+        WORKSPACE: max((_workspace(mod[gvar]) for gvar in _kernels(function)), default=0),
+        **_saved(function, life),
     }
     return relax.Function(function.params, body, function.ret_ty, function.is_pure, function.attrs).with_attrs(figures)
 
 
+def _kernels(function: relax.Function) -> Iterator[GlobalVar]:
+    for binding in _bindings(function):
+        if is_kernel(binding.value):
+            yield binding.value.op
+
+
+def _workspace(kernel: tirx.PrimFunc) -> int:
+    """Bytes of the buffers in memory, not in registers, that a kernel has for itself."""
+    block = kernel.body.block if isinstance(kernel.body, s_tir.SBlockRealize) else None
+    buffers = [buffer.ty for buffer in block.alloc_buffers] if block is not None else []
+    return sum(size_of([int(d) for d in b.shape], str(b.dtype)) for b in buffers if b.storage_scope == "global")
+
+
+def _saved(function: relax.Function, life: Liveness) -> dict[str, int]:
+    """What is alive when the loss is made, and needed after it."""
+    total = {SAVED_FEATURES: 0, SAVED_MASKS: 0}
+    ports = signature.outputs(function) if signature.OUTPUTS in (function.attrs or {}) else []
+    loss = next((i for i, (role, _) in enumerate(ports) if role == "loss"), None)
+    if loss is None:
+        return total
+    (made,) = life.behind[function.body.body.fields[loss]]
+    step = life.blocks[made].first
+    for var, block in life.blocks.items():
+        if var not in life.escaping and block.first < step < block.last:
+            total[SAVED_MASKS if str(var.ty.dtype) in ("bool", "uint8") else SAVED_FEATURES] += block.size
+    return total
+
+
 @dataclass
 class Liveness:
-    """``blocks``: each allocated variable with the first and last binding that touches it; ``escaping``: those that are returned."""
+    """``blocks``: each allocated variable with the first and last binding that touches it; ``escaping``: those that are returned.
+
+    ``behind``: the allocated variables that any variable may be, or look at.
+    """
 
     blocks: dict[relax.Var, arena.Block] = field(default_factory=dict)
     escaping: set[relax.Var] = field(default_factory=set)
+    behind: dict[relax.Var, set[relax.Var]] = field(default_factory=dict)
 
 
 def liveness(function: relax.Function) -> Liveness:
     """Of every tensor that a function of plain bindings allocates; steps are numbers of bindings."""
     sizes: dict[relax.Var, int] = {}
     touched: dict[relax.Var, list[int]] = {}
-    behind: dict[relax.Var, set[relax.Var]] = {}  # the allocations that a variable may be, or look at
+    behind: dict[relax.Var, set[relax.Var]] = {}
     for step, binding in enumerate(_bindings(function)):
         if allocates(binding.value):
             behind[binding.var] = {binding.var}
@@ -78,7 +120,7 @@ def liveness(function: relax.Function) -> Liveness:
             touched.setdefault(var, []).append(step)
         behind[binding.var] = set() if is_kernel(binding.value) else used
     blocks = {var: arena.Block(sizes[var], steps[0], steps[-1]) for var, steps in touched.items()}
-    return Liveness(blocks, _behind(function.body.body, behind))
+    return Liveness(blocks, _behind(function.body.body, behind), behind)
 
 
 def _behind(value: relax.Expr, behind: dict[relax.Var, set[relax.Var]]) -> set[relax.Var]:

@@ -104,7 +104,7 @@ def test_return_gradients_keeps_the_adjoint_and_shares_no_variables() -> None:
 
 
 def test_append_optimizer_takes_a_rate_and_returns_state_under_its_names() -> None:
-    mod = passes.pipeline(("second",), SGD(momentum=0.9))(toy())
+    mod = passes.pipeline(passes.Training(("second",)), SGD(momentum=0.9))(toy())
     step = mod["train_step"]
     momentum = ("optimizer", "optimizer:momentum:second")
     assert signature.inputs(step)[:3] == [("input", "x"), ("target", "y"), ("rate", "rate")]
@@ -126,7 +126,7 @@ def test_append_optimizer_takes_a_rate_and_returns_state_under_its_names() -> No
 
 
 def test_the_same_pass_twice_is_the_same_module() -> None:
-    first, second = (passes.pipeline(("first", "second"), Adam(clip_norm=1.0))(toy()) for _ in range(2))
+    first, second = (passes.pipeline(passes.Training(("first", "second")), Adam(clip_norm=1.0))(toy()) for _ in range(2))
     tvm.ir.assert_structural_equal(first, second)
 
 

@@ -18,7 +18,7 @@ from tvmtrain import kernels, pool_kernels, runtime, schedules, targets  # noqa:
 from tvmtrain.artifact import Artifact, Entry, Manifest, TensorSpec
 from tvmtrain.graph import TrainGraph
 from tvmtrain.passes.order import OrderForMemory
-from tvmtrain.passes.plan_arena import PlanArena
+from tvmtrain.passes.plan_arena import FIGURES, PlanArena
 from tvmtrain.passes.update_in_place import UpdateInPlace
 from tvmtrain.spec import optimizer_to_dict
 from tvmtrain.targets import Device
@@ -36,10 +36,13 @@ def build(graph: TrainGraph, device: str | Device = "host", *, gradients: bool =
     module = graph.module(gradients=gradients)
     entries = graph.entries(module)
     state = graph.state(entries)
-    return Artifact(_manifest(graph, device, entries, state), state, compile_module(module, device))
+    planned = plan(lower(module, device))
+    return Artifact(_manifest(graph, device, entries, state, planned), state, _compiled(planned, device))
 
 
-def _manifest(graph: TrainGraph, device: Device, entries: Sequence[Entry], state: Mapping[str, np.ndarray]) -> Manifest:
+def _manifest(
+    graph: TrainGraph, device: Device, entries: Sequence[Entry], state: Mapping[str, np.ndarray], planned: tvm.IRModule
+) -> Manifest:
     read = {tensor.name for entry in entries for tensor in entry.inputs}
     parameters = set(graph.parameters)
     unread = [
@@ -58,7 +61,7 @@ def _manifest(graph: TrainGraph, device: Device, entries: Sequence[Entry], state
         versions=_versions(),
         lr=graph.optimizer.lr,
         batch=graph.imported.batch,
-        memory=_state_bytes(entries, state, parameters),
+        memory=_state_bytes(entries, state, parameters) | _planned_bytes(planned, entries),
         unread=tuple(unread),
     )
 
@@ -76,6 +79,15 @@ def _state_bytes(entries: Sequence[Entry], state: Mapping[str, np.ndarray], para
         role = roles.get(name, "parameter" if name in parameters else "buffer")
         total[role] = total.get(role, 0) + value.nbytes
     return total
+
+
+def _planned_bytes(planned: tvm.IRModule, entries: Sequence[Entry]) -> dict[str, int]:
+    """Bytes that each entry needs while it runs: "train_step arena", and so on (``passes.plan_arena``)."""
+    return {
+        f"{entry.name} {figure.removeprefix('tvmtrain.')}": int(planned[entry.name].attrs[figure])
+        for entry in entries
+        for figure in FIGURES
+    }
 
 
 def lower(mod: tvm.IRModule, device: Device) -> tvm.IRModule:
