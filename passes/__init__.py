@@ -20,6 +20,8 @@ from tvmtrain.passes.differentiate import Differentiate
 from tvmtrain.passes.drop_unread import DropUnread
 from tvmtrain.passes.gather_early import GatherEarly
 from tvmtrain.passes.gradient_filter import GradientFilter
+from tvmtrain.passes.guard_state import GuardState
+from tvmtrain.passes.hoist_saved import HoistSaved
 from tvmtrain.passes.pooled_domain import PooledDomain
 from tvmtrain.passes.prune_frozen import PruneFrozen
 from tvmtrain.passes.return_gradients import ReturnGradients
@@ -70,12 +72,16 @@ def pipeline(training: Training, optimizer: Optimizer, *, gradients: bool = Fals
             *([ReturnGradients()] if gradients else []),
             # 3. The update.
             AppendOptimizer(optimizer, training.fixed),
+            # The names of results, so that a guard finds the value itself.
+            relax.transform.CanonicalizeBindings(),
+            GuardState(),
             # 4. Names that only rename, and what nothing reads.
             relax.transform.CanonicalizeBindings(),
             relax.transform.DeadCodeElimination(),
             DropUnread(),
-            # 5. What the backward keeps.
+            # 5. What the forward keeps for the backward.
             GatherEarly(),
+            HoistSaved(),
         ]
     )
 

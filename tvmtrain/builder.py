@@ -17,6 +17,9 @@ from tvm.target import Target
 from tvmtrain import kernels, pool_kernels, runtime, schedules, targets  # noqa: F401
 from tvmtrain.artifact import Artifact, Entry, Manifest, TensorSpec
 from tvmtrain.graph import TrainGraph
+from tvmtrain.passes.order import OrderForMemory
+from tvmtrain.passes.plan_arena import FIGURES, PlanArena
+from tvmtrain.passes.update_in_place import UpdateInPlace
 from tvmtrain.spec import optimizer_to_dict
 from tvmtrain.targets import Device
 
@@ -33,10 +36,13 @@ def build(graph: TrainGraph, device: str | Device = "host", *, gradients: bool =
     module = graph.module(gradients=gradients)
     entries = graph.entries(module)
     state = graph.state(entries)
-    return Artifact(_manifest(graph, device, entries, state), state, compile_module(module, device))
+    planned = plan(lower(module, device))
+    return Artifact(_manifest(graph, device, entries, state, planned), state, _compiled(planned, device))
 
 
-def _manifest(graph: TrainGraph, device: Device, entries: Sequence[Entry], state: Mapping[str, np.ndarray]) -> Manifest:
+def _manifest(
+    graph: TrainGraph, device: Device, entries: Sequence[Entry], state: Mapping[str, np.ndarray], planned: tvm.IRModule
+) -> Manifest:
     read = {tensor.name for entry in entries for tensor in entry.inputs}
     parameters = set(graph.parameters)
     unread = [
@@ -55,7 +61,7 @@ def _manifest(graph: TrainGraph, device: Device, entries: Sequence[Entry], state
         versions=_versions(),
         lr=graph.optimizer.lr,
         batch=graph.imported.batch,
-        memory=_state_bytes(entries, state, parameters),
+        memory=_state_bytes(entries, state, parameters) | _planned_bytes(planned, entries),
         unread=tuple(unread),
         selections=graph.selections,
     )
@@ -76,6 +82,15 @@ def _state_bytes(entries: Sequence[Entry], state: Mapping[str, np.ndarray], para
     return total
 
 
+def _planned_bytes(planned: tvm.IRModule, entries: Sequence[Entry]) -> dict[str, int]:
+    """Bytes that each entry needs while it runs: "train_step arena", and so on (``passes.plan_arena``)."""
+    return {
+        f"{entry.name} {figure.removeprefix('tvmtrain.')}": int(planned[entry.name].attrs[figure])
+        for entry in entries
+        for figure in FIGURES
+    }
+
+
 def lower(mod: tvm.IRModule, device: Device) -> tvm.IRModule:
     """Relax operators become scheduled loops: ``call_tir`` of PrimFuncs, fused where one reads what another has just made."""
     steps = Sequential(
@@ -93,22 +108,37 @@ def lower(mod: tvm.IRModule, device: Device) -> tvm.IRModule:
         return schedules.apply(steps(mod), device)
 
 
-def compile_module(mod: tvm.IRModule, device: Device) -> Executable:
-    """Native code of every Relax function of ``mod`` (static shapes) for ``device``."""
-    target = Target(dict(device.target))
-    with PassContext(opt_level=3):
-        return tvm.compile(lower(mod, device), target=target, relax_pipeline=_virtual_machine())
-
-
-def _virtual_machine() -> Sequential:
-    """Relax's own lowering to its virtual machine; memory is planned once, for the whole function."""
-    return Sequential(
+def plan(mod: tvm.IRModule) -> tvm.IRModule:
+    """Lowered functions with every tensor's place in memory; the bytes are attributes of the functions (``passes.plan_arena``)."""
+    steps = Sequential(
         [
             relax.transform.RewriteDataflowReshape(),
+            UpdateInPlace(),
+            OrderForMemory(),
             relax.transform.ToNonDataflow(),
             relax.transform.RemovePurityChecking(),
             relax.transform.CallTIRRewrite(),
-            relax.transform.StaticPlanBlockMemory(),
+            PlanArena(),
+        ]
+    )
+    with PassContext(opt_level=3):
+        return steps(mod)
+
+
+def compile_module(mod: tvm.IRModule, device: Device) -> Executable:
+    """Native code of every Relax function of ``mod`` (static shapes) for ``device``."""
+    return _compiled(plan(lower(mod, device)), device)
+
+
+def _compiled(planned: tvm.IRModule, device: Device) -> Executable:
+    with PassContext(opt_level=3):
+        return tvm.compile(planned, target=Target(dict(device.target)), relax_pipeline=_virtual_machine())
+
+
+def _virtual_machine() -> Sequential:
+    """Relax's own lowering to its virtual machine."""
+    return Sequential(
+        [
             relax.transform.LowerAllocTensor(),
             relax.transform.KillAfterLastUse(),
             relax.transform.LowerRuntimeBuiltin(),

@@ -1,7 +1,8 @@
 """Run a compiled training step: TVM's runtime and NumPy, neither PyTorch nor a compiler.
 
-The state (parameters, buffers, optimizer, random numbers) stays in TVM's tensors between steps. A compiled step returns new
-state and leaves the old one alone, so that a step that fails, for whatever reason, changes nothing.
+The state (parameters, buffers, optimizer, random numbers) stays in TVM's tensors between steps. A compiled step overwrites it in
+place, unless the loss is NaN or infinite: then it writes the old values again (``passes.guard_state``). Data are checked before,
+and an interrupt waits until the step and its number are one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import difflib
 import math
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -18,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -134,17 +137,18 @@ class TrainStep:
         entry = self.manifest.named["train_step"]
         given = self._batch(entry, x, y) | self._chosen(channels, update=True)
         given |= {spec.key: _rate(self.manifest.lr if lr is None else lr, spec) for spec in entry.inputs if spec.role == "rate"}
-        results = self._run(entry, given)
-        loss = next(float(value.numpy()) for spec, value in results if spec.role == "loss")
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the loss of step {self.steps + 1} is {loss}; the state is that of step {self.steps}. "
-                "Lower the learning rate, set clip_norm, or look at this batch"
-            )
-        new = {spec.name: value for spec, value in results if spec.role in STATE_ROLES}
-        self._outputs = [value for spec, value in results if spec.role == "output"]
-        self._moment = _Moment(self._moment.tensors | new, self.steps + 1)
-        return loss
+        with _uninterrupted():
+            results = self._run(entry, given)
+            loss = next(float(value.numpy()) for spec, value in results if spec.role == "loss")
+            if math.isfinite(loss):
+                new = {spec.name: value for spec, value in results if spec.role in STATE_ROLES}
+                self._outputs = [value for spec, value in results if spec.role == "output"]
+                self._moment = _Moment(self._moment.tensors | new, self.steps + 1)
+                return loss
+        raise NonFiniteLossError(
+            f"the loss of step {self.steps + 1} is {loss}; the state is that of step {self.steps}. "
+            "Lower the learning rate, set clip_norm, or look at this batch"
+        )
 
     def predict(self, x: Any) -> Any:
         """The model's output in evaluation mode for any number N >= 1 of samples; a tuple if the model has several outputs."""
@@ -371,6 +375,26 @@ class TrainStep:
             raise InputError(
                 f"state_dict does not fit this model: {_listed('missing', missing)}; {_listed('unexpected', unexpected)}"
             )
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the end: between the native code that moves the weights and the counting of it, it would lose a step.
+
+    Python interrupts its main thread alone, and there alone may a handler be set.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    waiting: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: waiting.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if waiting:
+            handler(*waiting[0])
 
 
 # Threads.

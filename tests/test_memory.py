@@ -1,0 +1,343 @@
+"""What a step needs of memory: the plan of an arena alone, and what the runtime really allocates."""
+
+from __future__ import annotations
+
+import functools
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+import tvm_ffi
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from tvm import relax
+from tvm.ir.transform import Sequential
+
+import tvmtrain as tt
+from tvmtrain import arena, builder, passes
+from tvmtrain.errors import NonFiniteLossError
+from tvmtrain.passes import order
+
+# --- The planner alone ------------------------------------------------------------------------------------------------------
+
+blocks_of_dags = st.lists(
+    st.builds(
+        lambda size, first, length: arena.Block(size, first, first + length),
+        st.one_of(st.integers(1, 64), st.integers(1000, 400_000)),
+        st.integers(0, 60),
+        st.one_of(st.integers(0, 3), st.integers(0, 60)),
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+@given(blocks_of_dags)
+@settings(max_examples=150, deadline=None)
+def test_tensors_that_are_alive_together_share_no_byte(blocks):
+    plan = arena.plan(blocks)
+    last = max(block.last for block in blocks)
+    for step in range(last + 1):
+        # Byte by byte, in units of the alignment: nothing of the planner's own arithmetic.
+        owner: dict[int, int] = {}
+        for i, (block, offset) in enumerate(zip(blocks, plan.offsets, strict=True)):
+            if block.first <= step <= block.last:
+                assert offset % arena.ALIGNMENT == 0
+                units = range(offset // arena.ALIGNMENT, -(-(offset + block.size) // arena.ALIGNMENT))
+                assert offset + block.size <= plan.size
+                assert not owner.keys() & set(units)
+                owner |= dict.fromkeys(units, i)
+
+
+def live_bytes(blocks: list[arena.Block], step: int) -> int:
+    return sum(block.size for block in blocks if block.first <= step <= block.last)
+
+
+@given(blocks_of_dags)
+@settings(max_examples=50, deadline=None)
+def test_the_lower_bound_is_the_largest_sum_of_live_bytes(blocks):
+    steps = range(max(block.last for block in blocks) + 1)
+    assert arena.lower_bound(blocks) == max(live_bytes(blocks, step) for step in steps)
+
+
+def dag(random: np.random.Generator, nodes: int) -> list[arena.Block]:
+    """The tensors of a random graph whose nodes read some of the last eight, as layers do, and a few of all before, as a backward does."""
+    last = list(range(nodes))
+    for node in range(1, nodes):
+        near = random.integers(max(0, node - 8), node, 2)
+        far = random.integers(0, node, 1) if random.random() < 0.3 else []
+        for read in (*near, *far):
+            last[read] = node
+    return [arena.Block(int(size), node, last[node]) for node, size in enumerate(random.integers(1_000, 500_000, nodes))]
+
+
+def test_random_graphs_are_within_five_percent_of_the_lower_bound():
+    random = np.random.default_rng(0)
+    for nodes in (5, 20, 60):
+        for _ in range(10):
+            blocks = dag(random, nodes)
+            assert arena.plan(blocks).size <= 1.05 * arena.lower_bound(blocks) + nodes * arena.ALIGNMENT
+
+
+def test_a_plan_of_nothing_and_the_same_plan_twice():
+    assert arena.plan([]) == arena.Plan((), 0)
+    blocks = dag(np.random.default_rng(1), 50)
+    assert arena.plan(blocks) == arena.plan(blocks)
+
+
+# --- The order --------------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def graphs(draw):
+    """Operations that read up to two earlier ones; some make nothing."""
+    count = draw(st.integers(1, 14))
+    reads = [set(draw(st.lists(st.integers(0, i - 1), max_size=2))) if i else set() for i in range(count)]
+    return order.Problem(reads, draw(st.lists(st.integers(0, 100), min_size=count, max_size=count)), reads)
+
+
+def simulated(problem: order.Problem, sequence: list[int]) -> int:
+    """The peak, by running the operations: every result stays until its last reader is done."""
+    alive, done, highest = set(), set(), 0
+    for i in sequence:
+        assert problem.before[i] <= done
+        done.add(i)
+        alive.add(i)
+        highest = max(highest, sum(problem.size[j] for j in alive))
+        alive = {j for j in alive if any(j in problem.reads[k] for k in range(len(problem.size)) if k not in done)}
+    return highest
+
+
+@given(graphs())
+@settings(max_examples=150, deadline=None)
+def test_an_order_is_valid_and_never_worse_than_the_one_before(problem):
+    found = order.best_order(problem)
+    assert sorted(found) == list(range(len(problem.size)))
+    assert simulated(problem, found) == order.peak(problem, found)
+    assert simulated(problem, found) <= simulated(problem, list(range(len(found))))
+    assert found == order.best_order(problem)
+
+
+def test_what_frees_memory_runs_first():
+    # Two large values, each read by an operation with a small result: one after the other, they are never alive together.
+    reads = [set(), set(), {0}, {1}, {2, 3}]
+    problem = order.Problem(reads, [100, 100, 1, 1, 1], reads)
+    assert order.peak(problem, list(range(5))) == 201
+    assert order.peak(problem, order.best_order(problem)) == 102
+
+
+# --- What the runtime allocates ---------------------------------------------------------------------------------------------
+
+
+def separable(channels: int, out: int, stride: int) -> list[nn.Module]:
+    return [
+        nn.Conv2d(channels, 2 * channels, 1, bias=False),
+        nn.BatchNorm2d(2 * channels),
+        nn.ReLU6(),
+        nn.Conv2d(2 * channels, 2 * channels, 3, stride=stride, padding=1, groups=2 * channels, bias=False),
+        nn.BatchNorm2d(2 * channels),
+        nn.ReLU6(),
+        nn.Conv2d(2 * channels, out, 1, bias=False),
+        nn.BatchNorm2d(out),
+    ]
+
+
+class Residual(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + super().forward(x)
+
+
+def mobile() -> nn.Module:
+    """A MobileNetV2 in small: inverted residuals with and without stride."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU6(),
+        Residual(*separable(8, 8, 1)),
+        *separable(8, 12, 2),
+        Residual(*separable(12, 12, 1)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, 4),
+    )
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(4, 3, 24, 24, generator=generator), torch.arange(4)
+
+
+@functools.cache
+def traced() -> tt.TrainGraph:
+    return tt.trace(mobile(), *batch(), optimizer=tt.SGD(lr=0.05, momentum=0.9, weight_decay=1e-4))
+
+
+@functools.cache
+def built() -> tt.Artifact:
+    return tt.build(traced())
+
+
+@contextmanager
+def overridden(name: str) -> Iterator[list[tuple[tuple, object]]]:
+    """(arguments, result) of every call of a function of TVM's virtual machine."""
+    original, calls = tvm_ffi.get_global_func(name), []
+
+    def recorded(*args):
+        calls.append((args, original(*args)))
+        return calls[-1][1]
+
+    tvm_ffi.register_global_func(name, recorded, override=True)
+    try:
+        yield calls
+    finally:
+        tvm_ffi.register_global_func(name, original, override=True)
+
+
+@contextmanager
+def allocations() -> Iterator[list[int]]:
+    """Bytes of every storage that TVM's virtual machine allocates."""
+    name = "vm.builtin.alloc_storage"
+    original, sizes = tvm_ffi.get_global_func(name), []
+
+    def counted(*args):
+        sizes.append(int(next(iter(args[1]))))
+        return original(*args)
+
+    tvm_ffi.register_global_func(name, counted, override=True)
+    try:
+        yield sizes
+    finally:
+        tvm_ffi.register_global_func(name, original, override=True)
+
+
+def figure(entry: str, name: str) -> int:
+    """Bytes, as the artifact tells them."""
+    return built().manifest.memory[f"{entry} {name}"]
+
+
+@pytest.mark.parametrize("name", ["train_step", "predict"])
+def test_the_arena_is_what_the_runtime_allocates(name):
+    made = built()
+    with allocations() as sizes:
+        step = made.load()
+        step(*batch()) if name == "train_step" else step.predict(batch()[0])
+    assert sizes[0] == figure(name, "arena")
+    assert sum(sizes) == figure(name, "arena") + figure(name, "results")
+
+
+@pytest.mark.parametrize("name", ["train_step", "predict"])
+def test_the_arena_is_within_five_percent_of_the_lower_bound(name):
+    assert figure(name, "lower_bound") <= figure(name, "arena") <= 1.05 * figure(name, "lower_bound")
+
+
+def test_the_backward_reads_what_the_forward_saved():
+    saved = figure("train_step", "saved_features")
+    inputs = sum(layer.saved_bytes for layer in traced().layers)
+    # Dense weight gradients need the input of every layer but the first, whose input is the caller's; BatchNorm needs its own.
+    assert saved > inputs - batch()[0].numel() * 4
+    assert saved < figure("train_step", "arena")
+    assert figure("predict", "saved_features") == 0
+
+
+def test_every_tensor_of_the_arena_lies_in_it():
+    """A tensor at an offset is no copy: its pointer is the arena's plus the offset."""
+    size = figure("train_step", "arena")
+    with overridden("vm.builtin.ensure_zero_offset") as calls:
+        step = built().load()
+        step(*batch())
+    places = [moved.data_ptr() for _, moved in calls]
+    assert places == [tensor.data_ptr() for (tensor,), _ in calls]
+    assert 0 < max(places) - min(places) < size
+    assert all(place % arena.ALIGNMENT == 0 for place in places)
+
+
+# --- State in place ---------------------------------------------------------------------------------------------------------
+
+
+def bits(step: tt.TrainStep) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in step._moment.tensors.items()}
+
+
+def with_optimizer(optimizer: tt.SGD | tt.Adam | tt.AdamW) -> tt.TrainGraph:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(8 * 22 * 22, 4)
+    )
+    return tt.trace(model, *batch(), optimizer=optimizer)
+
+
+OPTIMIZERS = {
+    "sgd": tt.SGD(lr=0.05),
+    "momentum": tt.SGD(lr=0.05, momentum=0.9, weight_decay=1e-2, nesterov=True, clip_norm=1.0),
+    "adam": tt.Adam(lr=0.01, weight_decay=1e-2),
+    "adamw": tt.AdamW(lr=0.01, weight_decay=1e-2),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_is_updated_where_it_is(name):
+    made = tt.build(with_optimizer(OPTIMIZERS[name]))
+    with allocations() as sizes:
+        step = made.load()
+        places = {key: tensor.data_ptr() for key, tensor in step._moment.tensors.items()}
+        for _ in range(3):
+            before = bits(step)
+            step(*batch())
+    after = bits(step)
+    assert {key: tensor.data_ptr() for key, tensor in step._moment.tensors.items()} == places
+    assert [key for key in before if before[key] == after[key]] == []
+    # The arena, the loss and the output; nothing for new state.
+    assert sizes == sizes[:3] * 3
+    assert sorted(sizes[1:3]) == [4, 64]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_same_bits_as_without_these_passes(name, monkeypatch):
+    graph = with_optimizer(OPTIMIZERS[name])
+    new = tt.build(graph).load()
+    monkeypatch.setattr(builder, "UpdateInPlace", lambda: Sequential([]))
+    monkeypatch.setattr(builder, "OrderForMemory", lambda: Sequential([]))
+    monkeypatch.setattr(builder, "PlanArena", relax.transform.StaticPlanBlockMemory)
+    monkeypatch.setattr(passes, "GuardState", lambda: Sequential([]))
+    old = tt.build(graph).load()
+    for _ in range(3):
+        assert new(*batch()) == old(*batch())
+    assert bits(new) == bits(old)
+    np.testing.assert_array_equal(new.outputs[0], old.outputs[0])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_loss_that_is_not_finite_leaves_every_bit(name):
+    step = tt.build(with_optimizer(OPTIMIZERS[name])).load()
+    step(*batch())
+    before, outputs = bits(step), step.outputs
+    x, y = batch()
+    with pytest.raises(NonFiniteLossError):
+        step(x * 1e38, y)
+    assert bits(step) == before
+    assert step.steps == 1
+    np.testing.assert_array_equal(step.outputs[0], outputs[0])
+
+
+def test_an_interrupt_waits_for_the_end_of_the_step(monkeypatch):
+    step = built().load()
+    run = step._run
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        results = run(*args)
+        signal.raise_signal(signal.SIGINT)
+        return results
+
+    before = bits(step)
+    monkeypatch.setattr(step, "_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        step(*batch())
+    assert step.steps == 1
+    assert bits(step) != before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
