@@ -21,7 +21,7 @@ from tvm.relax import op as R
 from tvm.script import tirx as T
 from tvm.target import Target
 
-from tvmtrain import builder, operators, runtime, targets
+from tvmtrain import lowering, operators, runtime, targets
 from tvmtrain.passes.append_optimizer import _Update
 from tvmtrain.spec import SGD, Adam, Optimizer
 
@@ -96,7 +96,7 @@ def decaying(o: int, i: int, taps: int, k: int) -> tirx.PrimFunc:
 
 def compiled(shape: tuple[int, ...], share: float, waits: bool, optimizer: Optimizer) -> Callable[[], None]:
     module = update(shape, share, waits, optimizer)
-    function = relax.VirtualMachine(builder.compile_module(module, targets.load("host")), tvm.cpu())["update"]
+    function = relax.VirtualMachine(lowering.compile_module(module, targets.load("host")), tvm.cpu())["update"]
     axis = 0 if shape[1] == 1 else 1
     w, m, *rest = tensors(shape, axis, round(share * shape[axis]), ())
     state = [tvm.runtime.tensor(np.array(1, "int64")), m, m] if isinstance(optimizer, Adam) else [m]

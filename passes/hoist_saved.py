@@ -85,7 +85,25 @@ class _Saved:
             # A result that another pure call alone reads would be kept for nothing.
             if self.readers[i] - self.pure and self._smaller(i, group):
                 groups[i] = group
+        for source in sorted(self.forward - self.returned):
+            together = self._together(source)
+            if sum(_bytes(self.bindings[i].var) for i in together) < _bytes(self.bindings[source].var):
+                groups |= {i: self._made_of({i}) - self.forward for i in together}
         return groups
+
+    def _together(self, source: int) -> set[int]:
+        """The calls whose results can be kept in the place of one forward value that several of them read (a mask, and its gathered
+        channels); none where a gradient meets the value itself.
+        """
+        waiting = list(self._later(source))
+        if not set(waiting) <= self.pure:
+            return set()
+        kept: set[int] = set()
+        while waiting:
+            i = waiting.pop()
+            kept |= {i} if self.readers[i] - self.pure else set()
+            waiting.extend(self.readers[i] & self.pure)
+        return kept if not kept & self.returned else set()
 
     def _smaller(self, top: int, group: set[int]) -> bool:
         """Whether all that the group reads of the forward dies earlier if it moves, and has more bytes than its result."""

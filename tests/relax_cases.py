@@ -9,7 +9,7 @@ import tvm
 from tvm import relax
 from tvm.runtime.vm import VirtualMachine
 
-from tvmtrain import builder, targets
+from tvmtrain import lowering, targets
 
 
 def module(make: Callable[..., relax.Expr], *arrays: np.ndarray) -> tvm.IRModule:
@@ -25,7 +25,7 @@ def module(make: Callable[..., relax.Expr], *arrays: np.ndarray) -> tvm.IRModule
 
 def run(make: Callable[..., relax.Expr], *arrays: np.ndarray) -> list[np.ndarray]:
     """The results of ``make``, compiled for this machine."""
-    executable = builder.compile_module(module(make, *arrays), targets.load("host"))
+    executable = lowering.compile_module(module(make, *arrays), targets.load("host"))
     result = VirtualMachine(executable, tvm.cpu())["main"](*[tvm.runtime.tensor(a) for a in arrays])
     return [result.numpy()] if isinstance(result, tvm.runtime.Tensor) else [r.numpy() for r in result]
 

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 import tvm
-from filtered import Geometry, filtered_gradients
+from filtered import Filtered, Geometry, filtered_gradients
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from parity import quick_device
+from torch import nn
 from tvm import relax
 from tvm.ir.transform import Sequential
 from tvm.relax import op as R
 from tvm.runtime.vm import VirtualMachine
 
-from tvmtrain import builder, signature
+import tvmtrain as tt
+from tvmtrain import filtering, lowering, signature
 from tvmtrain.errors import PlanError
 from tvmtrain.passes.append_optimizer import AppendOptimizer
 from tvmtrain.passes.differentiate import Differentiate
 from tvmtrain.passes.gradient_filter import GradientFilter
+from tvmtrain.passes.pooled_domain import PooledDomain
+from tvmtrain.passes.sparse_update import SparseUpdate
 from tvmtrain.passes.stop_gradients import StopGradients
 from tvmtrain.spec import SGD
 
@@ -102,7 +107,7 @@ def run(mod: tvm.IRModule, values: Mapping[signature.Port, np.ndarray]) -> dict[
     """Gradients by name."""
     function = mod["adjoint"]
     with tvm.ir.transform.PassContext():
-        executable = builder.compile_module(mod, quick_device())
+        executable = lowering.compile_module(mod, quick_device())
     arguments = [tvm.runtime.tensor(values[port]) for port in signature.inputs(function)]
     results = VirtualMachine(executable, tvm.cpu())["adjoint"](*arguments)
     return {
@@ -220,7 +225,7 @@ def test_the_update_reaches_all_taps_of_chosen_channels_and_counts_each_in_the_c
     ports = signature.inputs(step["train_step"])
     values[ports[-1]] = old = np.ones((3, 5, 1, 1), "float32")
     with tvm.ir.transform.PassContext():
-        executable = builder.compile_module(step, quick_device())
+        executable = lowering.compile_module(step, quick_device())
     results = VirtualMachine(executable, tvm.cpu())["train_step"](*[tvm.runtime.tensor(values[port]) for port in ports])
     new = {port: out.numpy() for port, out in zip(signature.outputs(step["train_step"]), results, strict=True)}
 

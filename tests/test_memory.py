@@ -18,7 +18,7 @@ from tvm import relax
 from tvm.ir.transform import Sequential
 
 import tvmtrain as tt
-from tvmtrain import arena, builder, passes
+from tvmtrain import arena, lowering, passes
 from tvmtrain.errors import NonFiniteLossError
 from tvmtrain.passes import order
 
@@ -300,9 +300,9 @@ def test_state_is_updated_where_it_is(name):
 def test_the_same_bits_as_without_these_passes(name, monkeypatch):
     graph = with_optimizer(OPTIMIZERS[name])
     new = tt.build(graph).load()
-    monkeypatch.setattr(builder, "UpdateInPlace", lambda: Sequential([]))
-    monkeypatch.setattr(builder, "OrderForMemory", lambda: Sequential([]))
-    monkeypatch.setattr(builder, "PlanArena", relax.transform.StaticPlanBlockMemory)
+    monkeypatch.setattr(lowering, "UpdateInPlace", lambda: Sequential([]))
+    monkeypatch.setattr(lowering, "OrderForMemory", lambda: Sequential([]))
+    monkeypatch.setattr(lowering, "PlanArena", relax.transform.StaticPlanBlockMemory)
     monkeypatch.setattr(passes, "GuardState", lambda: Sequential([]))
     old = tt.build(graph).load()
     for _ in range(3):

@@ -69,7 +69,8 @@ def test_table_of_the_gradient_filtering_paper(name: str, capsys: pytest.Capture
 
 
 def test_operations_are_those_that_pytorch_counts() -> None:
-    model, x, y = small()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
+    x, y = torch.randn(2, 3, 8, 8), torch.randint(0, 10, (2,))
     summary = tt.trace(model, x, y).summary(device=quick_device())
     with FlopCounterMode(display=False) as forward:
         loss = nn.functional.cross_entropy(model(x), y)
@@ -94,7 +95,7 @@ def test_what_is_kept_is_what_the_backward_reads() -> None:
     sparse = dense.apply(plan).summary(against=dense, device=quick_device())
     assert {layer.name: layer.kept for layer in sparse.layers if layer.kept} == {"8": 2 * 6 * 4}
     assert {layer.name: layer.trained for layer in sparse.layers if layer.trained} == {"4": 6, "8": 28}
-    assert sparse.saved_masks == 2 * 6 * 64  # of the last ReLU, a byte each
+    assert sparse.saved_masks == 2 * 6 * 64 + 2 * 4  # of the last ReLU, and of the labels among the classes; a byte each
     assert sparse.arena < full.arena
     assert sparse.against == full
     assert {"before", "after", "ratio"} <= set(str(sparse).split())

@@ -14,7 +14,7 @@ from relax_cases import close, module, run
 from tvm import relax, tirx
 from tvm.relax import op as R
 
-from tvmtrain import builder, schedules, targets
+from tvmtrain import lowering, schedules, targets
 
 rng = np.random.default_rng(0)
 
@@ -100,7 +100,7 @@ def test_numbers_stay_the_same(name: str) -> None:
 
 def scheduled(make: Callable[..., relax.Expr], *shapes: tuple[int, ...], device: str = "x86-64-v3") -> str:
     """The scheduled loops of the one kernel that ``make`` becomes."""
-    lowered = builder.lower(module(make, *(array(*s) for s in shapes)), targets.load(device))
+    lowered = lowering.lower(module(make, *(array(*s) for s in shapes)), targets.load(device))
     (kernel,) = [f for f in lowered.functions.values() if isinstance(f, tirx.PrimFunc)]
     return kernel.script()
 
@@ -135,7 +135,7 @@ def test_little_work_stays_on_one_core() -> None:
 
 
 def test_what_no_template_fits_keeps_its_loops() -> None:
-    lowered = builder.lower(module(lambda x: R.argsort(x), array(4, 5)), targets.load("host"))
+    lowered = lowering.lower(module(lambda x: R.argsort(x), array(4, 5)), targets.load("host"))
     kernels = [f for f in lowered.functions.values() if isinstance(f, tirx.PrimFunc)]
     again = schedules.apply(tvm.IRModule({f"k{i}": k for i, k in enumerate(kernels)}), targets.load("host"))
     assert len(again.functions) == len(kernels)

@@ -20,7 +20,7 @@ from torch import nn
 from tvm import relax
 
 import tvmtrain as tt
-from tvmtrain import artifact, builder, cli, selection, signature, spec, verify
+from tvmtrain import artifact, cli, lowering, selection, signature, spec, verify
 from tvmtrain.artifact import Manifest, Selection
 from tvmtrain.errors import ArtifactError, InputError, NonFiniteLossError, PlanError
 from tvmtrain.spec import Optimizer
@@ -117,7 +117,7 @@ def gradients_of(
 ) -> dict[str, np.ndarray]:
     """The entry ``gradients``, compiled alone: a third of the time of a whole step."""
     function = graph.module(gradients=True)["gradients"]
-    machine = relax.VirtualMachine(builder.compile_module(tvm.IRModule({"gradients": function}), quick_device()), tvm.cpu())
+    machine = relax.VirtualMachine(lowering.compile_module(tvm.IRModule({"gradients": function}), quick_device()), tvm.cpu())
     given = {("input", "x"): x, ("target", "y"): y} | {("parameter", name): p.detach() for name, p in model.named_parameters()}
     given |= {("channels", f"{name}.weight"): torch.tensor(indices, dtype=torch.int32) for name, indices in named.items()}
     results = machine["gradients"](*[tvm.runtime.tensor(given[port].numpy()) for port in signature.inputs(function)])

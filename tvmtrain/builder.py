@@ -1,4 +1,4 @@
-"""From a Relax module to native code, in one visible list of steps."""
+"""From a training graph to an artifact: native code, state and a manifest."""
 
 from __future__ import annotations
 
@@ -8,18 +8,11 @@ from importlib import metadata
 
 import numpy as np
 import tvm
-from tvm import relax
-from tvm.ir.transform import PassContext, Sequential
-from tvm.runtime import Executable
-from tvm.target import Target
 
-# Importing the kernels registers them.
-from tvmtrain import kernels, pool_kernels, runtime, schedules, targets  # noqa: F401
+from tvmtrain import lowering, runtime, targets
 from tvmtrain.artifact import Artifact, Entry, Manifest, TensorSpec
 from tvmtrain.graph import TrainGraph
-from tvmtrain.passes.order import OrderForMemory
-from tvmtrain.passes.plan_arena import FIGURES, PlanArena
-from tvmtrain.passes.update_in_place import UpdateInPlace
+from tvmtrain.passes.plan_arena import FIGURES
 from tvmtrain.spec import optimizer_to_dict
 from tvmtrain.targets import Device
 
@@ -36,8 +29,8 @@ def build(graph: TrainGraph, device: str | Device = "host", *, gradients: bool =
     module = graph.module(gradients=gradients)
     entries = graph.entries(module)
     state = graph.state(entries)
-    planned = plan(lower(module, device))
-    return Artifact(_manifest(graph, device, entries, state, planned), state, _compiled(planned, device))
+    planned = lowering.plan(lowering.lower(module, device))
+    return Artifact(_manifest(graph, device, entries, state, planned), state, lowering.generate(planned, device))
 
 
 def _manifest(
@@ -89,61 +82,3 @@ def _planned_bytes(planned: tvm.IRModule, entries: Sequence[Entry]) -> dict[str,
         for entry in entries
         for figure in FIGURES
     }
-
-
-def lower(mod: tvm.IRModule, device: Device) -> tvm.IRModule:
-    """Relax operators become scheduled loops: ``call_tir`` of PrimFuncs, fused where one reads what another has just made."""
-    steps = Sequential(
-        [
-            relax.backend.DispatchSortScan(),
-            relax.transform.LegalizeOps(),
-            relax.transform.AnnotateTIROpPattern(),
-            relax.transform.FoldConstant(),
-            relax.transform.FuseOps(),
-            relax.transform.FuseTIR(),
-            relax.transform.DeadCodeElimination(),
-        ]
-    )
-    with Target(dict(device.target)), PassContext(opt_level=3):
-        return schedules.apply(steps(mod), device)
-
-
-def plan(mod: tvm.IRModule) -> tvm.IRModule:
-    """Lowered functions with every tensor's place in memory; the bytes are attributes of the functions (``passes.plan_arena``)."""
-    steps = Sequential(
-        [
-            relax.transform.RewriteDataflowReshape(),
-            UpdateInPlace(),
-            OrderForMemory(),
-            relax.transform.ToNonDataflow(),
-            relax.transform.RemovePurityChecking(),
-            relax.transform.CallTIRRewrite(),
-            PlanArena(),
-        ]
-    )
-    with PassContext(opt_level=3):
-        return steps(mod)
-
-
-def compile_module(mod: tvm.IRModule, device: Device) -> Executable:
-    """Native code of every Relax function of ``mod`` (static shapes) for ``device``."""
-    return _compiled(plan(lower(mod, device)), device)
-
-
-def _compiled(planned: tvm.IRModule, device: Device) -> Executable:
-    with PassContext(opt_level=3):
-        return tvm.compile(planned, target=Target(dict(device.target)), relax_pipeline=_virtual_machine())
-
-
-def _virtual_machine() -> Sequential:
-    """Relax's own lowering to its virtual machine."""
-    return Sequential(
-        [
-            relax.transform.LowerAllocTensor(),
-            relax.transform.KillAfterLastUse(),
-            relax.transform.LowerRuntimeBuiltin(),
-            relax.transform.ComputePrimValue(),
-            relax.transform.VMShapeLower(),
-            relax.transform.AttachGlobalSymbol(),
-        ]
-    )

@@ -16,6 +16,7 @@ from tvmtrain.converters.base import unsupported
 from tvmtrain.errors import PlanError
 from tvmtrain.report import Summary
 from tvmtrain.spec import SGD, Layer, LayerUpdate, Optimizer, UpdatePlan
+from tvmtrain.summarize import summarize
 from tvmtrain.targets import Device
 
 
@@ -74,8 +75,6 @@ class TrainGraph:
 
         ``print`` shows a table, ``to_dict`` is for JSON; ``report`` has the counting rules. Lowers the step: some seconds.
         """
-        from tvmtrain.summarize import summarize  # the one import against the direction: a figure of the compiled step
-
         return report.compared(summarize(self, device), None if against is None else summarize(against, device))
 
     def module(self, *, gradients: bool = False) -> tvm.IRModule:

@@ -258,7 +258,7 @@ def _input_gradients(found: Flow, function: relax.Function, names: dict[str, str
     weights = {}
     for (role, name), var in zip(signature.inputs(function), function.params, strict=True):
         parameter = name.partition(":")[0] if role == "prepared" else name
-        if parameter in names:
+        if role in ("parameter", "prepared") and parameter in names:
             weights[var] = names[parameter]
     owners: dict[relax.Var, Owner] = {}
     for var in found.gradient:

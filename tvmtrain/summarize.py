@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from math import prod
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tvm
 
-from tvmtrain import builder, report, targets
+from tvmtrain import lowering, report, targets
 from tvmtrain.artifact import MODEL_ROLES, Entry
-from tvmtrain.graph import TrainGraph
 from tvmtrain.passes import plan_arena
 from tvmtrain.targets import Device
+
+if TYPE_CHECKING:
+    from tvmtrain.graph import TrainGraph
 
 
 def summarize(graph: TrainGraph, device: str | Device) -> report.Summary:
@@ -23,7 +26,7 @@ def summarize(graph: TrainGraph, device: str | Device) -> report.Summary:
     forward, backward = report.flops(adjoint)
     features, masks = report.masks_and_features(adjoint)
     alone = tvm.IRModule({"train_step": module["train_step"]})
-    planned = builder.plan(builder.lower(alone, device))["train_step"]
+    planned = lowering.plan(lowering.lower(alone, device))["train_step"]
     sizes = {name: value.nbytes for name, value in graph.state(entries).items()}
     optimizer = {spec.name for entry in entries for spec in entry.inputs if spec.role == "optimizer"}
     model = {spec.name for entry in entries for spec in entry.inputs if spec.role in MODEL_ROLES} | set(graph.imported.state)
