@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "pool_kernels": {"kernels"},
     "schedules": {"targets"},
     "builder": {"artifact", "graph", "kernels", "passes", "pool_kernels", "runtime", "schedules", "spec", "targets"},
+    "memory": {"builder", "graph", "passes", "targets"},
 }
 # These join the rooms above for a person; they may use everything.
 FRONT = {"cli", "jobs", "describe", "verify", "quickstart", "__init__", "__main__"}

@@ -18,7 +18,7 @@ from tvm import relax
 from tvm.ir.transform import Sequential
 
 import tvmtrain as tt
-from tvmtrain import arena, builder, passes
+from tvmtrain import arena, builder, memory, passes
 from tvmtrain.errors import NonFiniteLossError
 from tvmtrain.passes import order
 
@@ -368,6 +368,16 @@ def test_masks_are_kept_instead_of_activations(monkeypatch):
     for _ in range(3):
         assert first(*batch()) == second(*batch())
     assert bits(first) == bits(second)
+
+
+def test_memory_is_known_before_anything_is_compiled():
+    found = memory.measure(few_biases())
+    whole = memory.measure(tt.trace(mobile().eval(), *batch(), optimizer=tt.SGD(lr=0.05, momentum=0.9)))
+    assert found.parameters == whole.parameters
+    assert found.optimizer_state < whole.optimizer_state
+    assert found.saved_features + found.saved_masks < 0.5 * whole.saved_features
+    assert found.to_dict()["arena"] == found.arena < whole.arena
+    assert f"{found.arena / whole.arena:.1%}" in found.table(against=whole)
 
 
 def test_an_activation_that_a_weight_gradient_reads_anyway_gets_no_mask():

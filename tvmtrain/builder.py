@@ -61,7 +61,7 @@ def _manifest(
         versions=_versions(),
         lr=graph.optimizer.lr,
         batch=graph.imported.batch,
-        memory=_state_bytes(entries, state, parameters) | _planned_bytes(planned, entries),
+        memory=state_bytes(entries, state, parameters) | _planned_bytes(planned, entries),
         unread=tuple(unread),
     )
 
@@ -71,7 +71,7 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: metadata.version(package) for name, package in packages.items()}
 
 
-def _state_bytes(entries: Sequence[Entry], state: Mapping[str, np.ndarray], parameters: set[str]) -> dict[str, int]:
+def state_bytes(entries: Sequence[Entry], state: Mapping[str, np.ndarray], parameters: set[str]) -> dict[str, int]:
     """Bytes of the tensors that live as long as the step does, by role."""
     roles = {tensor.name: tensor.role for entry in entries for tensor in entry.inputs}
     total: dict[str, int] = {}
