@@ -39,13 +39,20 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Summary:
-    """One training step. Bytes; ``arena`` is what the compiled step allocates for all that lives shorter than a step."""
+    """One training step. Operations, and bytes.
+
+    saved_features, saved_masks: what lies in the arena while the loss is made and is read after it. arena: the one storage of every
+    intermediate tensor; lower_bound: the most of them alive at once; workspace: the most that one kernel allocates beside the arena.
+    parameters (with buffers) and optimizer_state live as long as the step does.
+    """
 
     forward_flops: int
     backward_flops: int
     saved_features: int
     saved_masks: int
     arena: int
+    lower_bound: int
+    workspace: int
     parameters: int
     optimizer_state: int
     layers: tuple[LayerCost, ...]
@@ -86,6 +93,8 @@ FIGURES = {
     "saved_features": "saved features",
     "saved_masks": "saved masks",
     "arena": "arena",
+    "lower_bound": "lower bound of it",
+    "workspace": "workspace of a kernel",
     "parameters": "parameters",
     "optimizer_state": "optimizer state",
 }
@@ -279,13 +288,6 @@ def _owner(found: Flow, value: relax.Call, weights: dict[relax.Var, str]) -> set
         elif var in found.early:
             pending.extend(relax.analysis.free_vars(found.values[var]))
     return layers
-
-
-def masks_and_features(function: relax.Function) -> tuple[int, int]:
-    """(bytes of floats, bytes of masks) that live from the forward into the backward."""
-    sizes = [(str(var.ty.dtype), _size(var)) for var in saved(flow(function)) if isinstance(var.ty, relax.TensorType)]
-    floats = sum(size for dtype, size in sizes if dtype.startswith("float"))
-    return floats, sum(size for dtype, size in sizes if dtype in ("bool", "uint8"))
 
 
 def flops(function: relax.Function) -> tuple[int, int]:

@@ -10,11 +10,14 @@ import tvm
 
 from tvmtrain import lowering, report, targets
 from tvmtrain.artifact import MODEL_ROLES, Entry
-from tvmtrain.passes import plan_arena
 from tvmtrain.targets import Device
 
 if TYPE_CHECKING:
     from tvmtrain.graph import TrainGraph
+
+
+# Attributes of a planned function (``passes.plan_arena``).
+PLANNED = ("saved_features", "saved_masks", "arena", "lower_bound", "workspace")
 
 
 def summarize(graph: TrainGraph, device: str | Device) -> report.Summary:
@@ -24,18 +27,16 @@ def summarize(graph: TrainGraph, device: str | Device) -> report.Summary:
     adjoint = module["gradients"]
     entries = graph.entries(module)
     forward, backward = report.flops(adjoint)
-    features, masks = report.masks_and_features(adjoint)
     alone = tvm.IRModule({"train_step": module["train_step"]})
-    planned = lowering.plan(lowering.lower(alone, device))["train_step"]
+    attrs = lowering.plan(lowering.lower(alone, device))["train_step"].attrs
+    planned = {name: int(attrs[f"tvmtrain.{name}"]) for name in PLANNED}
     sizes = {name: value.nbytes for name, value in graph.state(entries).items()}
     optimizer = {spec.name for entry in entries for spec in entry.inputs if spec.role == "optimizer"}
     model = {spec.name for entry in entries for spec in entry.inputs if spec.role in MODEL_ROLES} | set(graph.imported.state)
     return report.Summary(
         forward_flops=forward,
         backward_flops=backward,
-        saved_features=features,
-        saved_masks=masks,
-        arena=int(planned.attrs[plan_arena.ARENA]),
+        **planned,
         parameters=sum(size for name, size in sizes.items() if name in model),
         optimizer_state=sum(size for name, size in sizes.items() if name in optimizer),
         layers=_layers(graph, adjoint, entries),
