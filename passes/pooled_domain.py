@@ -163,7 +163,9 @@ class _Terms:
             return None
         parts = []
         for term, inner in zip(terms, within, strict=True):
-            g = term.g if inner.trivial else self._emit(filtering.unpatch(term.g, inner))
+            # One number per map is broadcast by the product with the mean.
+            spread = not inner.trivial and (inner.places != (1, 1) or not term.factors)
+            g = self._emit(filtering.unpatch(term.g, inner)) if spread else term.g
             parts.append(self._weighted(g, term.factors, patches))
         return self._added(parts)
 

@@ -49,23 +49,30 @@ def rewrite(mod: tvm.IRModule, names: Collection[str], change: Rewrite) -> tvm.I
     forward = mod["forward"]
     arguments = dict(zip(signature.inputs(forward), forward.params, strict=True))
     found = _Found(arguments, frozenset(names))
+    # A refusal comes before anything is built.
+    changed: dict[relax.Var, relax.Call] = {}
+    for binding in _bindings(forward):
+        found.check(binding)
+        if (reader := found.reader(binding)) is not None:
+            changed[binding.var] = found.changed(reader, change)
+    found.check_all_read()
     builder = relax.BlockBuilder(mod)
     with builder.function("forward_viewed"):
         with builder.dataflow():
-            for binding in forward.body.blocks[0].bindings:
-                value = binding.value
-                found.check(binding)
-                if (reader := found.reader(binding)) is not None:
-                    value = builder.normalize(change(reader))
-                    found.adopt(reader, value)
+            for binding in _bindings(forward):
+                value = changed.get(binding.var)
+                value = binding.value if value is None else builder.normalize(value)
                 builder.emit_normalized(relax.VarBinding(binding.var, value))
         builder.emit_func_output(forward.body.body, list(found.arguments.values()))
-    found.check_all_read()
     built = builder.get()
     function = built["forward_viewed"].with_attrs(dict(forward.attrs))
     del built[built.get_global_var("forward_viewed")]
     built["forward"] = signature.with_ports(function, found.arguments, signature.outputs(forward))
     return built
+
+
+def _bindings(function: relax.Function) -> list[relax.VarBinding]:
+    return list(function.body.blocks[0].bindings)
 
 
 class _Found:
@@ -121,13 +128,15 @@ class _Found:
         name = self.weights[weight]
         return Reader(name, kind, call, x, weight, self.all.get(("view", name)), self.all.get(("channels", name)))
 
-    def adopt(self, reader: Reader, value: relax.Call) -> None:
-        """The new call's view and channels become arguments; a view that it has replaced is dropped."""
+    def changed(self, reader: Reader, change: Rewrite) -> relax.Call:
+        """The new call. Its view and channels become arguments; a view that it has replaced is dropped."""
+        value = change(reader)
         for role, var in zip(("view", "channels"), value.args[2:], strict=False):
             old = self.all.get((role, reader.name))
             if old is not None and not old.same_as(var):
                 self.dropped.add(old)
             self.all[(role, reader.name)] = var
+        return value
 
 
 def _not_trainable(name: str, why: str) -> PlanError:
