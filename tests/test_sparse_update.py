@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import toy
 import tvm
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -286,10 +288,8 @@ def test_steps_are_torchs_rules_on_slices_and_leave_the_rest_alone(kind: str) ->
 
 
 def test_state_exists_for_what_is_trained(step: tt.TrainStep) -> None:
-    shapes = {name: value.shape for name, value in step.manifest.state.items() if name.startswith("optimizer:momentum:")}
-    state = {
-        name.removeprefix("optimizer:momentum:"): shape.shape for name, shape in step.manifest.state.items() if name in shapes
-    }
+    prefix = "optimizer:momentum:"
+    state = {name.removeprefix(prefix): tensor.shape for name, tensor in step.manifest.state.items() if name.startswith(prefix)}
     assert state["first.weight"] == (6, 2, 3, 3)
     assert state["second.weight"] == (5, 4, 1, 1)
     assert state["depthwise.weight"] == (12, 1, 3, 3)
@@ -446,11 +446,7 @@ def test_all_are_visited_before_any_again(share: tuple[int, int], select: str, s
     for t, window in enumerate(drawn(chosen(channels, count, select, seed=seed), range(2 * rounds))):
         assert len(set(window)) == count
         assert window == sorted(window)
-        fewest = visits.min()
         visits[window] += 1
-        # Only where the last unvisited ones do not fill a step does it begin anew: with others than those.
-        assert visits.max() <= fewest + 2
-        assert visits.min() > fewest or visits.max() == fewest + 1
         assert visits.max() - visits.min() <= 1
         if (t + 1) % rounds == 0:
             assert set(visits) == {(t + 1) * count // channels}
@@ -632,24 +628,10 @@ def test_a_manifest_keeps_its_selections_and_older_ones_have_none() -> None:
     assert {s.layer: (s.channels, s.count, s.select) for s in manifest.selections} == {
         layer: (*COUNTS[layer], how) for layer, how in SELECTS.items()
     }
-    data = plain(manifest.to_dict())
-    assert Manifest.from_dict(data) == manifest
-    train_whole = plain(dataclasses.replace(toy_manifest()).to_dict())
-    del train_whole["selections"]
-    assert Manifest.from_dict(train_whole).selections == ()
-
-
-def plain(value: Any) -> Any:
-    """What JSON would give back."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
-
-
-def toy_manifest() -> Manifest:
-    import toy
-
-    return toy.manifest()
+    assert Manifest.from_dict(json.loads(json.dumps(manifest.to_dict()))) == manifest
+    older = json.loads(json.dumps(toy.manifest().to_dict()))
+    del older["selections"]
+    assert Manifest.from_dict(older) == toy.manifest()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ It is saved with the rest, the seed too: a checkpoint goes on as it would have w
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -62,18 +63,19 @@ def channels(selection: Selection, step: int, state: Mapping[str, np.ndarray]) -
     window = (step * selection.count + np.arange(selection.count)) % selection.channels
     if selection.select == "random":
         steps = selection.channels // math.gcd(selection.channels, selection.count)
-        window = _order(selection, int(state[key(selection)]), step // steps)[window]
+        window = _order(selection.layer, selection.channels, int(state[key(selection)]), step // steps)[window]
     return np.sort(window).astype("int32")
 
 
-def _order(selection: Selection, seed: int, number: int) -> np.ndarray:
-    """All channels in the random order of round ``number``.
+@functools.lru_cache(maxsize=256)  # a round has many steps
+def _order(layer: str, channels: int, seed: int, number: int) -> np.ndarray:
+    """All channels of a layer in the random order of round ``number``.
 
     Sorted random words, not ``Generator.permutation``: NumPy promises the words of Philox for all its versions, and no more.
     """
-    layer = zlib.crc32(selection.layer.encode())
-    words = np.random.Philox(key=np.array([seed % 2**64, layer], "uint64"), counter=np.array([0, 0, 0, number], "uint64"))
-    return np.argsort(words.random_raw(selection.channels), kind="stable")
+    key = np.array([seed % 2**64, zlib.crc32(layer.encode())], "uint64")
+    words = np.random.Philox(key=key, counter=np.array([0, 0, 0, number], "uint64"))
+    return np.argsort(words.random_raw(channels), kind="stable")
 
 
 def axis(selection: Selection, shape: Sequence[int]) -> int:
