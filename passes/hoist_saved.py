@@ -79,37 +79,26 @@ class _Saved:
 
     def moved(self) -> dict[int, set[int]]:
         """The calls to keep the results of, each with all that moves with it (the two comparisons of a ``logical_and``)."""
-        groups: dict[int, set[int]] = {}
-        for i in sorted(self.pure - self.returned):
-            group = self._made_of({i}) - self.forward
-            # A result that another pure call alone reads would be kept for nothing.
-            if self.readers[i] - self.pure and self._smaller(i, group):
-                groups[i] = group
-        for source in sorted(self.forward - self.returned):
-            together = self._together(source)
-            if sum(_bytes(self.bindings[i].var) for i in together) < _bytes(self.bindings[source].var):
-                groups |= {i: self._made_of({i}) - self.forward for i in together}
-        return groups
+        # A result that other pure calls alone read would be kept for nothing.
+        tops = [i for i in sorted(self.pure - self.returned) if self.readers[i] - self.pure]
+        groups = {i: self._made_of({i}) - self.forward for i in tops}
+        chosen: dict[int, set[int]] = {}
+        for i in tops:
+            # A mask and gathered channels of one activation: only together do they let it die.
+            family = {k: groups[k] for k in tops if self._sources(groups[k]) & self._sources(groups[i])}
+            chosen |= family if self._smaller(family) else {i: groups[i]} if self._smaller({i: groups[i]}) else {}
+        return chosen
 
-    def _together(self, source: int) -> set[int]:
-        """The calls whose results can be kept in the place of one forward value that several of them read (a mask, and its gathered
-        channels); none where a gradient meets the value itself.
-        """
-        waiting = list(self._later(source))
-        if not set(waiting) <= self.pure:
-            return set()
-        kept: set[int] = set()
-        while waiting:
-            i = waiting.pop()
-            kept |= {i} if self.readers[i] - self.pure else set()
-            waiting.extend(self.readers[i] & self.pure)
-        return kept if not kept & self.returned else set()
+    def _sources(self, group: set[int]) -> set[int]:
+        return {operand for i in group for operand in self.operands[i]} & self.forward
 
-    def _smaller(self, top: int, group: set[int]) -> bool:
-        """Whether all that the group reads of the forward dies earlier if it moves, and has more bytes than its result."""
-        sources = {operand for i in group for operand in self.operands[i]} & self.forward
-        dying = all(s not in self.returned and self._later(s) <= group for s in sources)
-        return dying and _bytes(self.bindings[top].var) < sum(_bytes(self.bindings[s].var) for s in sources)
+    def _smaller(self, family: Mapping[int, set[int]]) -> bool:
+        """Whether all that the family reads of the forward dies earlier if it moves, and has more bytes than its results."""
+        moving = set().union(*family.values())
+        sources = self._sources(moving)
+        dying = all(s not in self.returned and self._later(s) <= moving for s in sources)
+        kept = sum(_bytes(self.bindings[top].var) for top in family)
+        return dying and kept < sum(_bytes(self.bindings[s].var) for s in sources)
 
     def _later(self, source: int) -> set[int]:
         """What reads a forward value, or a view of it, in the backward."""

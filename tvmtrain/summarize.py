@@ -10,6 +10,7 @@ import tvm
 
 from tvmtrain import lowering, report, targets
 from tvmtrain.artifact import MODEL_ROLES, Entry
+from tvmtrain.passes.plan_arena import ARENA, LOWER_BOUND, SAVED_FEATURES, SAVED_MASKS, WORKSPACE
 from tvmtrain.targets import Device
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 # Attributes of a planned function (``passes.plan_arena``).
-PLANNED = ("saved_features", "saved_masks", "arena", "lower_bound", "workspace")
+PLANNED = (SAVED_FEATURES, SAVED_MASKS, ARENA, LOWER_BOUND, WORKSPACE)
 
 
 def summarize(graph: TrainGraph, device: str | Device) -> report.Summary:
@@ -29,14 +30,18 @@ def summarize(graph: TrainGraph, device: str | Device) -> report.Summary:
     forward, backward = report.flops(adjoint)
     alone = tvm.IRModule({"train_step": module["train_step"]})
     attrs = lowering.plan(lowering.lower(alone, device))["train_step"].attrs
-    planned = {name: int(attrs[f"tvmtrain.{name}"]) for name in PLANNED}
+    features, masks, arena, bound, workspace = (int(attrs[name]) for name in PLANNED)
     sizes = {name: value.nbytes for name, value in graph.state(entries).items()}
     optimizer = {spec.name for entry in entries for spec in entry.inputs if spec.role == "optimizer"}
     model = {spec.name for entry in entries for spec in entry.inputs if spec.role in MODEL_ROLES} | set(graph.imported.state)
     return report.Summary(
         forward_flops=forward,
         backward_flops=backward,
-        **planned,
+        saved_features=features,
+        saved_masks=masks,
+        arena=arena,
+        lower_bound=bound,
+        workspace=workspace,
         parameters=sum(size for name, size in sizes.items() if name in model),
         optimizer_state=sum(size for name, size in sizes.items() if name in optimizer),
         layers=_layers(graph, adjoint, entries),
