@@ -141,10 +141,12 @@ def _host_target(cores: int) -> tuple[dict[str, Any], int]:
     values: dict[str, Any] = {"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu(), "num-cores": cores}
     bits = max(128, int(codegen.llvm_get_vector_width(Target(values))))
     # LLVM names a processor by family; a virtual machine may hide instructions that this family has.
-    hidden = sorted(_vector_features(codegen.llvm_get_cpu_features(Target(values))) - _cpu_flags())
-    if hidden:
+    known = _vector_features(codegen.llvm_get_cpu_features(Target(values)))
+    if hidden := sorted(known - _cpu_flags()):
         values["mattr"] = [f"-{feature}" for feature in hidden]
-        bits = min(bits, 128 if "avx" in hidden else 256 if "avx512f" in hidden else bits)
+    if _cpu_flags():
+        # LLVM's own vector width is this machine's, even where the family that it takes the processor for has narrower ones.
+        bits = 512 if "avx512f" in known - set(hidden) else 256 if "avx" in known - set(hidden) else 128
     return values, bits
 
 

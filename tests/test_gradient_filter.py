@@ -291,7 +291,7 @@ def test_padding_that_the_patches_cover_is_not_refused() -> None:
 def test_a_weight_that_no_convolution_reads_alone_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Flatten(), nn.Linear(8, 3))
     graph = tt.trace(model, torch.randn(2, 2, 2, 2), torch.zeros(2, dtype=torch.long))
-    for name, reason in (("2.weight", "a linear layer reads it"), ("0.bias", "R?.*reads it"), ("1.weight", "no parameter")):
+    for name, reason in (("2.weight", "a linear layer reads it"), ("0.bias", "R?.*reads it"), ("1.weight", "no convolution")):
         with pytest.raises(PlanError, match=f"weight {name!r}: .*{reason}" if name != "2.weight" else "2.weight"):
             GradientFilter({name: (2, 2)})(graph.imported.module)
 

@@ -23,9 +23,13 @@ BATCHES, AGREEING = 12, 2
 RATE, SMALL_RATE, DOUBLE_RATE = 1e-5, 3e-8, 1e-6
 AMPLIFYING = ("mobilenet", "deeplab", "levit")
 # Half a minute of compilation each: the others wait for `pytest -m slow`.
-QUICK = [
-    name if name in ("resnet", "vit", "squeezenet") else pytest.param(name, marks=pytest.mark.slow) for name in models.EXAMPLES
-]
+QUICK = ("mobilenet_v2", "resnet", "squeezenet", "vit")
+
+
+def quick(names: tuple[str, ...]) -> list:
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in models.EXAMPLES]
+
+
 MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
@@ -70,13 +74,13 @@ def needs_data(name: str) -> None:
         pytest.skip(f"{models.MCUNET} is not here; TVMTRAIN_DATA names the folder")
 
 
-@pytest.mark.parametrize("name", models.EXAMPLES)
+@pytest.mark.parametrize("name", quick(QUICK))
 def test_network_with_batch_statistics_in_double_precision(name: str) -> None:
     needs_data(name)
     check_double(models.EXAMPLES[name], training=True)
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", quick(("resnet", "vit")))
 def test_network_with_running_statistics_in_single_precision(name: str) -> None:
     needs_data(name)
     check_single(name, models.EXAMPLES[name], training=False)
