@@ -687,6 +687,7 @@ class SelfAttention(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
+@pytest.mark.slow
 def test_sequence_modules() -> None:
     options: dict[str, Any] = {"dropout": 0.0, "batch_first": True}
     zoo = Zoo(
