@@ -362,6 +362,23 @@ def inputs_of(function: relax.Function) -> dict[str, relax.Expr]:
     return {names[call.args[1]]: call.args[0] for call in calls(function, "relax.nn.conv2d")}
 
 
+class Kernel(nn.Module):
+    """A linear layer whose weight has another name, as in networks of a foreign exporter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(3, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.kernel)
+
+
+def test_a_weight_of_any_name_is_trained_in_part() -> None:
+    graph = tt.trace(nn.Sequential(Kernel()), torch.randn(2, 8), torch.tensor([0, 2]))
+    half = graph.apply(tt.UpdatePlan({"0": tt.LayerUpdate(0.5)}))
+    assert [(chosen.weight, chosen.count, chosen.channels) for chosen in half.selections] == [("0.kernel", 4, 8)]
+
+
 # What cannot be trained in part.
 
 

@@ -148,8 +148,8 @@ def _trained_of(layer: Layer, update: LayerUpdate | None) -> list[str]:
 
 
 def _weight_of(layer: Layer) -> str | None:
-    """The name of its weight, trained or not."""
-    return next((name for name in layer.parameters if name.endswith("weight")), None)
+    """The name of its weight, trained or not: whatever is no bias, as in ``_trained_of``; foreign exporters have names of their own."""
+    return next((name for name in layer.parameters if not name.endswith("bias")), None)
 
 
 def _trainable(imported: importer.Imported, names: Sequence[str]) -> tuple[str, ...]:
