@@ -71,8 +71,7 @@ def mcunetv3(layers: Sequence[Layer], scheme: Scheme, select: str = "magnitude")
 
 def filtered(layers: Sequence[Layer], count: int, patch: int | None) -> UpdatePlan:
     """The last ``count`` convolutions without shortcuts, filtered (None: exact), and the classifier."""
-    plan = UpdatePlan.last([layer for layer in layers if "downsample" not in layer.name], count, filter=patch)
-    return plan
+    return UpdatePlan.last([layer for layer in layers if "downsample" not in layer.name], count, filter=patch)
 
 
 def published(name: str, layers: Sequence[Layer]) -> dict[str, UpdatePlan]:

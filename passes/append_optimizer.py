@@ -35,8 +35,8 @@ class AppendOptimizer:
     weight, and weight decay would shrink it. fixed: weights whose channels never change; they have state for those alone.
 
     Time does not decide this. One update of MobileNetV2's last five weights, a quarter of the channels, one busy core of a server
-    (``python benchmarks/lazy_state.py``): 2.0 ms waiting and 1.4 ms decaying as compiled now, where ``put`` copies the rest; 0.4
-    and 0.3 ms in place, as chosen channels lie in nearly every cache line; 0.25 ms each at an eighth. What decides: fixed channels
+    (``python benchmarks/lazy_state.py``): 2.0 ms waiting and 1.4 ms decaying where new tensors are returned (``put`` copies the rest);
+    0.4 and 0.3 ms in place, as chosen channels lie in nearly every cache line; 0.25 ms each at an eighth. What decides: fixed channels
     need only their share of the state's memory, and what a step does not train keeps its bits and can lie in slower memory.
     """
 

@@ -53,11 +53,8 @@ def _without_views(function: relax.Function, inputs: list[signature.Port], outpu
 
     A view of which no gradient is asked for has a mark that stopped it; it goes first.
     """
-    function = remove_all_unused(function)
-    kept = [i for i, (role, _) in enumerate(inputs) if role != "view"]
-    params = [function.params[i] for i in kept]
-    function = relax.Function(params, function.body, function.ret_ty, function.is_pure, function.attrs)
-    return signature.with_ports(function, [inputs[i] for i in kept], outputs)
+    function = signature.with_ports(remove_all_unused(function), inputs, outputs)
+    return signature.keeping(function, lambda port, _: port[0] != "view")
 
 
 def _flat(function: relax.Function) -> relax.Function:

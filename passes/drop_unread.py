@@ -26,11 +26,7 @@ class DropUnread:
 
 
 def _read_only(function: relax.Function) -> relax.Function:
-    ports = signature.inputs(function)
     read = set(relax.analysis.free_vars(function.body))
     # State that is replaced without being read stays: what a step returns as state, it takes.
-    needed = {port for port in ports if port[0] not in STATE_ROLES} | set(signature.outputs(function))
-    kept = [i for i, (port, var) in enumerate(zip(ports, function.params, strict=True)) if port in needed or var in read]
-    params = [function.params[i] for i in kept]
-    fewer = relax.Function(params, function.body, function.ret_ty, function.is_pure, function.attrs)
-    return signature.with_ports(fewer, [ports[i] for i in kept], signature.outputs(function))
+    returned = set(signature.outputs(function))
+    return signature.keeping(function, lambda port, var: port[0] not in STATE_ROLES or port in returned or var in read)

@@ -41,8 +41,7 @@ def _reordered(function: relax.Function) -> relax.Function:
     order = [gather for var in function.params for gather in early.get(var, [])]
     for binding in (b for b in bindings if b.var not in moved):
         order += [binding, *early.get(binding.var, [])]
-    body = relax.BlockBuilder().normalize(relax.SeqExpr([relax.DataflowBlock(order)], function.body.body))
-    return relax.Function(function.params, body, function.ret_ty, function.is_pure, function.attrs)
+    return signature.with_bindings(function, order)
 
 
 def _gathers(function: relax.Function, bindings: list[relax.VarBinding]) -> list[relax.VarBinding]:

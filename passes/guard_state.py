@@ -33,11 +33,7 @@ class GuardState:
                     guard.emit(binding)
                 fields = [guard.builder.emit_output(value) for value in guard.results()]
             guard.builder.emit_func_output(relax.Tuple(fields))
-        built = guard.builder.get()
-        guarded = built["guarded"].with_attrs(dict(function.attrs))
-        del built[built.get_global_var("guarded")]
-        built["train_step"] = guarded
-        return built
+        return signature.replaced(guard.builder, "guarded", "train_step", function)
 
 
 @dataclass

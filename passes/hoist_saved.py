@@ -18,7 +18,7 @@ from tvm import relax
 from tvm.ir.transform import PassContext, module_pass
 
 from tvmtrain import signature
-from tvmtrain.passes.plan_arena import size_of
+from tvmtrain.passes.plan_arena import bytes_of
 
 # Calls whose result is kept as long as their operand: the same memory in another shape.
 VIEWS = ("relax.reshape", "relax.flatten", "relax.expand_dims", "relax.squeeze")
@@ -46,8 +46,7 @@ def _hoisted(function: relax.Function) -> relax.Function:
     for i in saved.order(set().union(*moved.values())):
         old = saved.bindings[i]
         bindings.append(relax.VarBinding(fresh.get(old.var, old.var), _with(old.value, fresh)))
-    body = relax.BlockBuilder().normalize(relax.SeqExpr([relax.DataflowBlock(bindings)], function.body.body))
-    return relax.Function(function.params, body, function.ret_ty, function.is_pure, function.attrs)
+    return signature.with_bindings(function, bindings)
 
 
 class _Saved:
@@ -122,7 +121,7 @@ class _Saved:
 
 
 def _bytes(var: relax.Var) -> int:
-    return size_of([int(d) for d in var.ty.shape], str(var.ty.dtype)) if isinstance(var.ty, relax.TensorType) else 0
+    return bytes_of(var.ty) if isinstance(var.ty, relax.TensorType) else 0
 
 
 def _with(value: relax.Expr, fresh: Mapping[relax.Var, relax.Var]) -> relax.Expr:

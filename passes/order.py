@@ -15,9 +15,9 @@ import tvm
 from tvm import relax
 from tvm.ir.transform import PassContext, module_pass
 
-from tvmtrain import arena
+from tvmtrain import arena, signature
 from tvmtrain.passes.dependences import Dependences, makes_memory
-from tvmtrain.passes.plan_arena import size_of
+from tvmtrain.passes.plan_arena import bytes_of
 
 
 @module_pass(opt_level=0, name="OrderForMemory")
@@ -36,9 +36,7 @@ class OrderForMemory:
 def _reordered(function: relax.Function) -> relax.Function:
     bindings = list(function.body.blocks[0].bindings)
     order = best_order(_problem(bindings, function.body.body))
-    block = relax.DataflowBlock([bindings[i] for i in order])
-    body = relax.BlockBuilder().normalize(relax.SeqExpr([block], function.body.body))
-    return relax.Function(function.params, body, function.ret_ty, function.is_pure, function.attrs)
+    return signature.with_bindings(function, [bindings[i] for i in order])
 
 
 @dataclass(frozen=True)
@@ -55,18 +53,12 @@ def _problem(bindings: Sequence[relax.Binding], returned: relax.Expr) -> Problem
     known = Dependences(bindings)
     number = {binding.var: i for i, binding in enumerate(bindings)}
     leaving = {var for var, _ in known.of(returned)}
-    size = [_bytes(b.var.ty) if makes_memory(b.value) and b.var not in leaving else 0 for b in bindings]
+    size = [bytes_of(b.var.ty) if makes_memory(b.value) and b.var not in leaving else 0 for b in bindings]
     reads: list[set[int]] = [set() for _ in bindings]
     for (var, _), readers in known.reads.items():
         for i in readers if var in number else []:
             reads[i].add(number[var])
     return Problem(known.before, size, reads)
-
-
-def _bytes(ty: relax.Type) -> int:
-    if isinstance(ty, relax.TupleType):
-        return sum(_bytes(part) for part in ty.fields)
-    return size_of([int(d) for d in ty.shape], str(ty.dtype))
 
 
 def best_order(problem: Problem) -> list[int]:

@@ -81,7 +81,7 @@ def _workspace(kernel: tirx.PrimFunc) -> int:
 def _saved(function: relax.Function, life: Liveness) -> dict[str, int]:
     """What is alive when the loss is made, and needed after it."""
     total = {SAVED_FEATURES: 0, SAVED_MASKS: 0}
-    ports = signature.outputs(function) if signature.OUTPUTS in (function.attrs or {}) else []
+    ports = signature.outputs(function) if signature.has_ports(function) else []
     loss = next((i for i, (role, _) in enumerate(ports) if role == "loss"), None)
     if loss is None:
         return total
@@ -143,6 +143,13 @@ def is_kernel(value: relax.Expr) -> bool:
 
 def nbytes(alloc: relax.Call) -> int:
     return size_of([int(d) for d in alloc.args[0].values], str(alloc.args[1].value))
+
+
+def bytes_of(ty: relax.Type) -> int:
+    """Bytes of a tensor, or of all tensors of a tuple."""
+    if isinstance(ty, relax.TupleType):
+        return sum(bytes_of(part) for part in ty.fields)
+    return size_of([int(d) for d in ty.shape], str(ty.dtype))
 
 
 def size_of(shape: Sequence[int], dtype: str) -> int:

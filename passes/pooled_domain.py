@@ -30,7 +30,7 @@ from tvm.ir.transform import PassContext, module_pass
 from tvm.relax import op as R
 from tvm.relax.analysis import remove_all_unused
 
-from tvmtrain import filtering
+from tvmtrain import filtering, signature
 from tvmtrain.filtering import Patches
 
 # A residual network adds a term with every block; beyond these the full resolution is cheaper.
@@ -56,10 +56,8 @@ class PooledDomain:
                     builder.emit_normalized(relax.VarBinding(binding.var, builder.normalize(value)))
                     terms.note(binding.var, binding.value)
             builder.emit_func_output(adjoint.body.body)
-        built = builder.get()
-        function = built["adjoint_pooled"].with_attrs(dict(adjoint.attrs))
-        del built[built.get_global_var("adjoint_pooled")]
-        built["adjoint"] = remove_all_unused(function)
+        built = signature.replaced(builder, "adjoint_pooled", "adjoint", adjoint)
+        built["adjoint"] = remove_all_unused(built["adjoint"])
         return built
 
 

@@ -52,7 +52,6 @@ class _Prepared:
     def __init__(self, changing: frozenset[signature.Port]) -> None:
         self.changing = changing
         self.builder = relax.BlockBuilder()
-        self.arguments: dict[signature.Port, relax.Var] = {}
         self.recipes: list[_Fold] = []
         self.results: dict[signature.Port, relax.TensorType] = {}
 

@@ -40,7 +40,7 @@ class StopGradients:
                         value = builder.normalize(_stopped(builder, value, tracked, stops))
                     builder.emit_normalized(relax.VarBinding(binding.var, value))
             builder.emit_func_output(forward.body.body)
-        return _replaced(mod, builder, forward)
+        return signature.replaced(builder, "forward_stopped", "forward", forward)
 
 
 def _stopped(builder: relax.BlockBuilder, value: relax.Expr, tracked: set, stops: dict) -> relax.Expr:
@@ -55,11 +55,3 @@ def _stopped(builder: relax.BlockBuilder, value: relax.Expr, tracked: set, stops
     if value not in stops:
         stops[value] = builder.emit(R.grad.no_grad(value))
     return stops[value]
-
-
-def _replaced(mod: tvm.IRModule, builder: relax.BlockBuilder, forward: relax.Function) -> tvm.IRModule:
-    built = builder.get()
-    function = built["forward_stopped"].with_attrs(dict(forward.attrs))
-    del built[built.get_global_var("forward_stopped")]
-    built["forward"] = function
-    return built

@@ -41,7 +41,7 @@ class UpdateInPlace:
 
 def _pairs(function: relax.Function) -> dict[int, relax.Var]:
     """Which results, by number, have to be in the tensors of which arguments."""
-    if signature.OUTPUTS not in (function.attrs or {}):
+    if not signature.has_ports(function):
         return {}
     arguments = dict(zip(signature.inputs(function), function.params, strict=True))
     fields = function.body.body.fields

@@ -21,7 +21,6 @@ from tvmtrain import autodiff, operators, signature
 from tvmtrain.errors import PlanError
 
 CONVOLUTIONS = ("relax.nn.conv2d", operators.VIEWED_CONV)
-LINEAR = ("linear", operators.VIEWED_LINEAR)
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,8 @@ def rewrite(mod: tvm.IRModule, names: Collection[str], change: Rewrite) -> tvm.I
                 value = binding.value if value is None else builder.normalize(value)
                 builder.emit_normalized(relax.VarBinding(binding.var, value))
         builder.emit_func_output(forward.body.body, list(found.arguments.values()))
-    built = builder.get()
-    function = built["forward_viewed"].with_attrs(dict(forward.attrs))
-    del built[built.get_global_var("forward_viewed")]
-    built["forward"] = signature.with_ports(function, found.arguments, signature.outputs(forward))
+    built = signature.replaced(builder, "forward_viewed", "forward", forward)
+    built["forward"] = signature.with_ports(built["forward"], found.arguments, signature.outputs(forward))
     return built
 
 

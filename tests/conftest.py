@@ -16,11 +16,6 @@ from tvm.ir.transform import PassContext
 from tvm.relax.ir.instrument import WellFormedInstrument
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Slow tests run when they are asked for: ``pytest -m slow``."""
-    config.option.markexpr = config.option.markexpr or "not slow"
-
-
 @pytest.fixture(autouse=True)
 def _well_formed() -> Iterator[None]:
     """TVM checks the module before and after each pass that runs in the test's own pass context."""

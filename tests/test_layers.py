@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "filtering": {"operators"},
     "autodiff": {"filtering", "operators", "signature"},
     "passes": {"arena", "artifact", "autodiff", "errors", "filtering", "operators", "signature", "spec"},
-    "report": {"operators", "signature"},
+    "report": {"operators", "passes", "signature"},
     "lowering": {"filtering", "kernels", "passes", "pool_kernels", "schedules", "targets"},
     "summarize": {"artifact", "lowering", "passes", "report", "targets"},
     "graph": {

@@ -428,18 +428,9 @@ def _viewed_conv2d(y: relax.Var, call: relax.Call, gy: relax.Var, bb: relax.Bloc
         dx, dview = filtering.gradients(call, gy, bb)
         return _rest_no_grad(call, dx, R.grad.no_grad(call.args[1]), dview)
     plain = operators.plain_conv2d(call)
-    dx = operators.conv2d_dgrad(plain, gy)
-    groups, filters = int(call.attrs["groups"]), _shape(gy)[1]
-    if not channels:
-        return _rest_no_grad(call, dx, R.grad.no_grad(call.args[1]), operators.conv2d_wgrad(plain, gy))
-    if groups > 1:  # depthwise: a channel of x has its own channels of y
-        gy, groups = (
-            bb.emit(R.take(gy, operators.outputs_of(channels[0], filters // groups, bb), axis=1, mode="clip")),
-            _shape(view)[0],
-        )
-        groups //= filters // _shape(x)[1]
-    kept = bb.emit(R.take(x, channels[0], axis=1, mode="clip"))
-    dview = operators.wgrad(kept, gy, {**operators.geometry_of(call), "groups": groups}, _shape(view))
+    dx, groups = operators.conv2d_dgrad(plain, gy), int(call.attrs["groups"])
+    kept, g, groups = operators.chosen(x, gy, channels[0], groups, bb) if channels else (x, gy, groups)
+    dview = operators.wgrad(kept, g, {**operators.geometry_of(call), "groups": groups}, _shape(view))
     return _rest_no_grad(call, dx, R.grad.no_grad(call.args[1]), dview)
 
 

@@ -54,7 +54,7 @@ def _manifest(
         versions=_versions(),
         lr=graph.optimizer.lr,
         batch=graph.imported.batch,
-        memory=_state_bytes(entries, state, parameters) | _planned_bytes(planned, entries),
+        memory=graph.state_bytes(entries) | _planned_bytes(planned, entries),
         unread=tuple(unread),
         selections=graph.selections,
     )
@@ -63,16 +63,6 @@ def _manifest(
 def _versions() -> dict[str, str]:
     packages = {"tvmtrain": "tvmtrain", "tvm": "apache-tvm", "torch": "torch"}
     return {"python": platform.python_version()} | {name: metadata.version(package) for name, package in packages.items()}
-
-
-def _state_bytes(entries: Sequence[Entry], state: Mapping[str, np.ndarray], parameters: set[str]) -> dict[str, int]:
-    """Bytes of the tensors that live as long as the step does, by role."""
-    roles = {tensor.name: tensor.role for entry in entries for tensor in entry.inputs}
-    total: dict[str, int] = {}
-    for name, value in state.items():
-        role = roles.get(name, "parameter" if name in parameters else "buffer")
-        total[role] = total.get(role, 0) + value.nbytes
-    return total
 
 
 def _planned_bytes(planned: tvm.IRModule, entries: Sequence[Entry]) -> dict[str, int]:

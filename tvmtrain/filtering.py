@@ -169,11 +169,7 @@ def gradients(call: relax.Call, gy: relax.Expr, bb: relax.BlockBuilder) -> tuple
         g = bb.emit(R.multiply(g, relax.const(1 / stride, gy.ty.dtype)))
     dx = unpatch(bb.emit(_pooled_dx(g, w, _shape(x), patch, geometry, bb)), source)
     if channels:
-        x = bb.emit(R.take(x, channels[0], axis=1, mode="clip"))
-        if groups > 1:  # depthwise: a channel of x has its own channels of y
-            each = _shape(w)[0] // groups
-            g = bb.emit(R.take(g, operators.outputs_of(channels[0], each, bb), axis=1, mode="clip"))
-            groups = _shape(channels[0])[0]
+        x, g, groups = operators.chosen(x, g, channels[0], groups, bb)
     pooled = bb.emit(patch_sum(x, source))
     point = {"strides": [1, 1], "padding": [0, 0, 0, 0], "dilation": [1, 1], "groups": groups}
     return dx, operators.wgrad(pooled, g, point, _shape(view))

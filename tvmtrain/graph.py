@@ -47,14 +47,16 @@ class TrainGraph:
     @property
     def selections(self) -> tuple[Selection, ...]:
         """The layers of which a step trains a share of the channels, and how those are chosen."""
-        counts = self._training().sparse
-        plan = self.plan.layers if self.plan is not None else {}
         return tuple(
-            Selection(layer.name, name, layer.channels, counts[name], plan[layer.name].select, self.seed)
-            for layer in self.layers
-            for name in layer.parameters
-            if name in counts
+            Selection(layer.name, weight, layer.channels, layer.channels_of(update.weight), update.select, self.seed)
+            for layer, update in self._planned()
+            if 0 < update.weight < 1 and (weight := _weight_of(layer)) in self.trained
         )
+
+    def _planned(self) -> list[tuple[Layer, LayerUpdate]]:
+        """The layers that the plan names; none without a plan."""
+        plan = self.plan.layers if self.plan is not None else {}
+        return [(layer, plan[layer.name]) for layer in self.layers if layer.name in plan]
 
     def apply(self, plan: UpdatePlan) -> TrainGraph:
         """A new graph that trains what ``plan`` names; this one is unchanged.
@@ -83,21 +85,24 @@ class TrainGraph:
 
     def _training(self) -> passes.Training:
         """What the plan asks for, by parameter."""
-        sparse: dict[str, int] = {}
-        fixed: set[str] = set()
+        sparse = {chosen.weight: chosen.count for chosen in self.selections}
+        fixed = frozenset(chosen.weight for chosen in self.selections if chosen.fixed)
         filtered: dict[str, tuple[int, int]] = {}
         scaling: dict[str, str] = {}
-        for layer in self.layers:
-            update = self.plan.layers.get(layer.name) if self.plan is not None else None
-            weight = _weight_of(layer)
-            if update is None or weight is None:
-                continue
-            if 0 < update.weight < 1 and weight in self.trained:
-                sparse[weight] = layer.channels_of(update.weight)
-                fixed |= {weight} if update.select in ("first", "magnitude") else set()
-            if update.patch is not None:
+        for layer, update in self._planned():
+            if update.patch is not None and (weight := _weight_of(layer)) is not None:
                 filtered[weight], scaling[weight] = update.patch, update.scaling
-        return passes.Training(self.trained, sparse, frozenset(fixed), filtered, scaling)
+        return passes.Training(self.trained, sparse, fixed, filtered, scaling)
+
+    def state_bytes(self, entries: Iterable[Entry]) -> dict[str, int]:
+        """Bytes of the tensors that live as long as the step does, by role."""
+        entries = tuple(entries)
+        roles = {tensor.name: tensor.role for entry in entries for tensor in entry.inputs}
+        total: dict[str, int] = {}
+        for name, value in self.state(entries).items():
+            role = roles.get(name, "parameter" if name in self.parameters else "buffer")
+            total[role] = total.get(role, 0) + value.nbytes
+        return total
 
     def entries(self, module: tvm.IRModule) -> tuple[Entry, ...]:
         """What the functions of ``module`` take and return."""

@@ -74,14 +74,8 @@ def dict_attrs(**fields: Any) -> tvm.ir.Attrs:
     return tvm.ir.make_node("ir.DictAttrs", **fields)
 
 
-def _geometry(attrs: tvm.ir.Attrs, shape: Sequence[int]) -> tvm.ir.Attrs:
-    return dict_attrs(
-        strides=[int(v) for v in attrs["strides"]],
-        padding=[int(v) for v in attrs["padding"]],
-        dilation=[int(v) for v in attrs["dilation"]],
-        groups=int(attrs["groups"]),
-        shape=[int(d) for d in shape],
-    )
+def _geometry(geometry: Mapping[str, Any] | tvm.ir.Attrs, shape: Sequence[int]) -> tvm.ir.Attrs:
+    return dict_attrs(**_plain(geometry), shape=[int(d) for d in shape])
 
 
 def conv2d_dgrad(forward: relax.Call, gy: relax.Expr) -> relax.Call:
@@ -93,7 +87,7 @@ def conv2d_dgrad(forward: relax.Call, gy: relax.Expr) -> relax.Call:
 def conv2d_wgrad(forward: relax.Call, gy: relax.Expr) -> relax.Call:
     """dW of the convolution ``forward`` = ``R.nn.conv2d(x, w)``; ``gy`` is [N, O, Ho, Wo], the result has the shape of w."""
     x, w = forward.args
-    return relax.Call(Op.get(WGRAD), [x, gy], _geometry(forward.attrs, w.ty.shape))
+    return wgrad(x, gy, forward.attrs, w.ty.shape)
 
 
 def transposed_conv2d(
@@ -115,7 +109,7 @@ def transposed_conv2d(
 def dgrad_wgrad(dgrad: relax.Call, g: relax.Expr) -> relax.Call:
     """Gradient of a dgrad (a transposed convolution) with respect to its weight, for the gradient ``g`` of its result."""
     gy, w = dgrad.args
-    return relax.Call(Op.get(WGRAD), [g, gy], _geometry(dgrad.attrs, w.ty.shape))
+    return wgrad(g, gy, dgrad.attrs, w.ty.shape)
 
 
 def hardtanh(x: relax.Expr, low: float, high: float) -> relax.Call:
@@ -171,9 +165,9 @@ def viewed_linear(x: relax.Expr, w: relax.Expr, view: relax.Var, channels: relax
     return relax.Call(Op.get(VIEWED_LINEAR), [x, w, view, channels], dict_attrs())
 
 
-def wgrad(x: relax.Expr, gy: relax.Expr, geometry: Mapping[str, Any], shape: Sequence[int]) -> relax.Call:
+def wgrad(x: relax.Expr, gy: relax.Expr, geometry: Mapping[str, Any] | tvm.ir.Attrs, shape: Sequence[int]) -> relax.Call:
     """dW, of ``shape``, of a convolution with ``geometry`` for which x [N, C, H, W] and gy [N, O, Ho, Wo] are given."""
-    return relax.Call(Op.get(WGRAD), [x, gy], dict_attrs(**_plain(geometry), shape=[int(d) for d in shape]))
+    return relax.Call(Op.get(WGRAD), [x, gy], _geometry(geometry, shape))
 
 
 def outputs_of(channels: relax.Expr, each: int, bb: relax.BlockBuilder) -> relax.Expr:
@@ -186,13 +180,22 @@ def outputs_of(channels: relax.Expr, each: int, bb: relax.BlockBuilder) -> relax
     return bb.emit(R.reshape(both, [count * each]))
 
 
+def chosen(
+    x: relax.Expr, g: relax.Expr, channels: relax.Expr, groups: int, bb: relax.BlockBuilder
+) -> tuple[relax.Expr, relax.Expr, int]:
+    """(x, g, groups) of a wgrad of ``channels`` of x [N, C, ..] alone; in a depthwise convolution each has outputs of its own."""
+    if groups > 1:
+        g = bb.emit(R.take(g, outputs_of(channels, int(g.ty.shape[1]) // groups, bb), axis=1, mode="clip"))
+        groups = int(channels.ty.shape[0])
+    return bb.emit(R.take(x, channels, axis=1, mode="clip")), g, groups
+
+
 def geometry_of(call: relax.Call) -> dict[str, Any]:
     """strides, padding, dilation and groups of a convolution of Relax's or of ours."""
-    read = call.attrs.__getitem__ if isinstance(call.attrs, tvm.ir.DictAttrs) else lambda key: getattr(call.attrs, key)
-    return _plain({key: read(key) for key in ("strides", "padding", "dilation", "groups")})
+    return _plain(call.attrs)
 
 
-def _plain(geometry: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(geometry: Mapping[str, Any] | tvm.ir.Attrs) -> dict[str, Any]:
     lists = {key: [int(v) for v in geometry[key]] for key in ("strides", "padding", "dilation")}
     return {**lists, "groups": int(geometry["groups"])}
 

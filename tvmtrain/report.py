@@ -18,10 +18,11 @@ from tvm import relax
 from tvm.ir import Op
 
 from tvmtrain import operators, signature
+from tvmtrain.passes.hoist_saved import VIEWS
+from tvmtrain.passes.plan_arena import bytes_of
 
 PRODUCTS = ("relax.nn.conv2d", operators.DGRAD, operators.WGRAD, "relax.matmul")
 SUMS = ("relax.sum", "relax.mean", "tvmtrain.patch_sum", "tvmtrain.patch_mean")
-VIEWS = ("relax.reshape", "relax.expand_dims", "relax.squeeze", "relax.flatten")
 # What lies between a weight's gradient and the product that makes it.
 AFTER_WGRAD = (*VIEWS, "relax.permute_dims", "relax.add", "relax.multiply", "relax.divide")
 
@@ -174,7 +175,7 @@ def saved(found: Flow) -> set[relax.Var]:
     for var in found.values:
         if var in read and var in found.early:
             sources = {found.root(v) for v in _ancestors(found.values, [var]) & found.forward if _direct(found, var, v)}
-            if _size(var) < sum(_size(source) for source in sources - kept):
+            if bytes_of(var.ty) < sum(bytes_of(source.ty) for source in sources - kept):
                 small[var] = sources
             else:
                 kept |= sources
@@ -193,17 +194,6 @@ def _name(call: relax.Call) -> str:
 
 def _shape(expr: relax.Expr) -> list[int]:
     return [int(d) for d in expr.ty.shape]
-
-
-def _size(var: relax.Var) -> int:
-    """Bytes."""
-    if not isinstance(var.ty, relax.TensorType):
-        return sum(math.prod(int(d) for d in part.shape) * _width(str(part.dtype)) for part in var.ty.fields)
-    return math.prod(_shape(var)) * _width(str(var.ty.dtype))
-
-
-def _width(dtype: str) -> int:
-    return 1 if dtype in ("bool", "uint8", "int8") else int(dtype[-2:]) // 8
 
 
 def operations(value: relax.Expr, result: relax.Var) -> int:
@@ -239,7 +229,7 @@ def layer_costs(function: relax.Function, names: dict[str, str]) -> dict[str, tu
         value = found.values[var]
         features = {found.root(v) for v in relax.analysis.free_vars(value)} & kept if is_weight else set()
         bytes_kept, flops = costs.get(layer, (0, 0))
-        costs[layer] = (bytes_kept + sum(map(_size, features)), flops + operations(value, var))
+        costs[layer] = (bytes_kept + sum(bytes_of(v.ty) for v in features), flops + operations(value, var))
     return costs
 
 

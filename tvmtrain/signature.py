@@ -7,8 +7,9 @@ its PyTorch name. ``tvmtrain.trained`` lists the parameters that the step update
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+import tvm
 from tvm import relax
 
 from tvmtrain.artifact import Entry, TensorSpec
@@ -68,6 +69,28 @@ def entry(name: str, function: relax.Function) -> Entry:
 
 def _tensor(port: Port, ty: relax.TensorType) -> TensorSpec:
     return TensorSpec(port[0], port[1], tuple(int(d) for d in ty.shape), str(ty.dtype))
+
+
+def with_bindings(function: relax.Function, bindings: Sequence[relax.Binding]) -> relax.Function:
+    """``function`` with ``bindings`` as its one dataflow block."""
+    body = relax.BlockBuilder().normalize(relax.SeqExpr([relax.DataflowBlock(list(bindings))], function.body.body))
+    return relax.Function(function.params, body, function.ret_ty, function.is_pure, function.attrs)
+
+
+def keeping(function: relax.Function, kept: Callable[[Port, relax.Var], bool]) -> relax.Function:
+    """``function`` with those of its arguments alone for which ``kept(port, variable)``; nothing reads the others."""
+    pairs = [pair for pair in zip(inputs(function), function.params, strict=True) if kept(*pair)]
+    fewer = relax.Function([var for _, var in pairs], function.body, function.ret_ty, function.is_pure, function.attrs)
+    return with_ports(fewer, [port for port, _ in pairs], outputs(function))
+
+
+def replaced(builder: relax.BlockBuilder, temporary: str, name: str, like: relax.Function) -> tvm.IRModule:
+    """The module of ``builder`` with its function ``temporary``, and the attributes of ``like``, as the function ``name``."""
+    mod = builder.get()
+    function = mod[temporary].with_attrs(dict(like.attrs))
+    del mod[mod.get_global_var(temporary)]
+    mod[name] = function
+    return mod
 
 
 def returning(function: relax.Function, fields: Sequence[relax.Expr]) -> relax.Function:

@@ -31,9 +31,7 @@ def summarize(graph: TrainGraph, device: str | Device) -> report.Summary:
     alone = tvm.IRModule({"train_step": module["train_step"]})
     attrs = lowering.plan(lowering.lower(alone, device))["train_step"].attrs
     features, masks, arena, bound, workspace = (int(attrs[name]) for name in PLANNED)
-    sizes = {name: value.nbytes for name, value in graph.state(entries).items()}
-    optimizer = {spec.name for entry in entries for spec in entry.inputs if spec.role == "optimizer"}
-    model = {spec.name for entry in entries for spec in entry.inputs if spec.role in MODEL_ROLES} | set(graph.imported.state)
+    state = graph.state_bytes(entries)
     return report.Summary(
         forward_flops=forward,
         backward_flops=backward,
@@ -42,8 +40,8 @@ def summarize(graph: TrainGraph, device: str | Device) -> report.Summary:
         arena=arena,
         lower_bound=bound,
         workspace=workspace,
-        parameters=sum(size for name, size in sizes.items() if name in model),
-        optimizer_state=sum(size for name, size in sizes.items() if name in optimizer),
+        parameters=sum(state.get(role, 0) for role in MODEL_ROLES),
+        optimizer_state=state.get("optimizer", 0),
         layers=_layers(graph, adjoint, entries),
     )
 
