@@ -74,13 +74,22 @@ def write(path: Path, results: Mapping[str, Any]) -> None:
     os.replace(aside, path)
 
 
+def costs(step: tt.TrainGraph) -> dict[str, int]:
+    """What a step of this plan takes: operations of its backward, bytes kept for it, bytes of the arena."""
+    summary = step.summary()
+    return {"backward": summary.backward_flops, "kept": summary.saved_features + summary.saved_masks, "arena": summary.arena}
+
+
 def table(results: Mapping[str, Any]) -> str:
-    lines = [f"{'':28}{'accuracy':>18}{'ms/step':>10}"]
-    for row, runs in results["rows"].items():
-        shares = [100 * run["accuracy"] for run in runs.values()]
+    """One line a row: accuracy over the seeds, median time of a step, backward MFLOP, and MB kept and in the arena."""
+    lines = [f"{'':28}{'accuracy':>18}{'ms/step':>10}{'backward':>10}{'kept':>8}{'arena':>8}"]
+    for name, row in results["rows"].items():
+        shares = [100 * run["accuracy"] for run in row["runs"].values()]
         spread = statistics.stdev(shares) if len(shares) > 1 else 0.0
-        milliseconds = statistics.median(run["ms_per_step"] for run in runs.values())
-        lines.append(f"{row:28}{f'{statistics.mean(shares):.2f}% +- {spread:.2f}':>18}{milliseconds:>10.1f}")
+        milliseconds = statistics.median(run["ms_per_step"] for run in row["runs"].values())
+        cost = row["costs"]
+        sizes = f"{cost['backward'] / 1e6:>10,.0f}{cost['kept'] / 2**20:>8.2f}{cost['arena'] / 2**20:>8.2f}"
+        lines.append(f"{name:28}{f'{statistics.mean(shares):.2f}% +- {spread:.2f}':>18}{milliseconds:>10.1f}{sizes}")
     return "\n".join(lines)
 
 
@@ -103,13 +112,15 @@ def main() -> None:
         if results["options"] != given:
             raise SystemExit(f"{options.output} holds runs with {results['options']}, not {given}; give another -o")
     dense = graph(options)
-    for row, plan in plans(dense.layers, options.layers, options.share).items():
-        runs = results["rows"].setdefault(row, {})
-        missing = [seed for seed in range(options.seeds) if str(seed) not in runs]
-        artifact = tt.build(dense.apply(plan)) if missing else None
+    for name, plan in plans(dense.layers, options.layers, options.share).items():
+        row = results["rows"].setdefault(name, {"costs": {}, "runs": {}})
+        missing = [seed for seed in range(options.seeds) if str(seed) not in row["runs"]]
+        if missing:
+            applied = dense.apply(plan)
+            row["costs"], artifact = costs(applied), tt.build(applied)
         for seed in missing:
-            runs[str(seed)] = train(artifact.load(), options, seed)
-            print(f"{row}, seed {seed}: {runs[str(seed)]}", flush=True)
+            row["runs"][str(seed)] = train(artifact.load(), options, seed)
+            print(f"{name}, seed {seed}: {row['runs'][str(seed)]}", flush=True)
             write(options.output, results)
     print(table(results))
 
