@@ -18,7 +18,7 @@ from tvm import relax
 from tvm.ir.transform import PassContext, module_pass
 
 from tvmtrain import signature
-from tvmtrain.passes.plan_arena import bytes_of
+from tvmtrain.passes.sizes import bytes_of
 
 # Calls whose result is kept as long as their operand: the same memory in another shape.
 VIEWS = ("relax.reshape", "relax.flatten", "relax.expand_dims", "relax.squeeze")

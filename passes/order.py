@@ -3,7 +3,7 @@
     a = f(x); b = g(x); c = h(a); d = k(b)   -->   a = f(x); c = h(a); b = g(x); d = k(b)
 
 Several orders are made, and the one with the lowest peak is taken; the one that was there wins ties, so that nothing gets worse.
-Kernels, their number and their results stay as they are. Runs on lowered functions, after ``UpdateInPlace``.
+Kernels, their number and their results stay as they are. Runs on lowered functions, after ``UpdateInPlace`` and ``place_buffers``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from tvm import relax
 from tvm.ir.transform import PassContext, module_pass
 
 from tvmtrain import arena, signature
-from tvmtrain.passes.dependences import Dependences, makes_memory
-from tvmtrain.passes.plan_arena import bytes_of
+from tvmtrain.passes.dependences import CALL_TIR, IN_PLACE, Dependences, makes_memory
+from tvmtrain.passes.share_workspace import workspace
+from tvmtrain.passes.sizes import buffer_bytes, bytes_of
 
 
 @module_pass(opt_level=0, name="OrderForMemory")
@@ -29,26 +30,35 @@ class OrderForMemory:
         result = mod.clone()
         for name, function in mod.functions_items():
             if isinstance(function, relax.Function) and [type(b) for b in function.body.blocks] == [relax.DataflowBlock]:
-                result[name] = _reordered(function)
+                result[name] = _reordered(mod, function)
         return result
 
 
-def _reordered(function: relax.Function) -> relax.Function:
+def _reordered(mod: tvm.IRModule, function: relax.Function) -> relax.Function:
     bindings = list(function.body.blocks[0].bindings)
-    order = best_order(_problem(bindings, function.body.body))
+    own = [sum(map(buffer_bytes, workspace(mod[b.value.args[0]]))) if _is_kernel(b.value) else 0 for b in bindings]
+    order = best_order(_problem(bindings, function.body.body, own))
     return signature.with_bindings(function, [bindings[i] for i in order])
+
+
+def _is_kernel(value: relax.Expr) -> bool:
+    return isinstance(value, relax.Call) and value.op in (CALL_TIR, IN_PLACE)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Operations by number. ``before``: those that precede each; ``size``: bytes that each makes; ``reads``: whose bytes each reads."""
+    """Operations by number. ``before``: those that precede each; ``size``: bytes that each makes; ``reads``: whose bytes each reads.
+
+    ``own``: bytes that each needs while it runs, and only then.
+    """
 
     before: Sequence[set[int]]
     size: Sequence[int]
     reads: Sequence[set[int]]
+    own: Sequence[int]
 
 
-def _problem(bindings: Sequence[relax.Binding], returned: relax.Expr) -> Problem:
+def _problem(bindings: Sequence[relax.Binding], returned: relax.Expr, own: Sequence[int]) -> Problem:
     """Bytes that leave the function are no part of the arena, and count nothing."""
     known = Dependences(bindings)
     number = {binding.var: i for i, binding in enumerate(bindings)}
@@ -58,7 +68,7 @@ def _problem(bindings: Sequence[relax.Binding], returned: relax.Expr) -> Problem
     for (var, _), readers in known.reads.items():
         for i in readers if var in number else []:
             reads[i].add(number[var])
-    return Problem(known.before, size, reads)
+    return Problem(known.before, size, reads, own)
 
 
 def best_order(problem: Problem) -> list[int]:
@@ -73,7 +83,8 @@ def peak(problem: Problem, order: Sequence[int]) -> int:
     for step, i in enumerate(order):
         last[i] = step
         last |= dict.fromkeys(problem.reads[i], step)
-    return arena.lower_bound([arena.Block(problem.size[i], step, last[i]) for step, i in enumerate(order)])
+    made = [arena.Block(problem.size[i], step, last[i]) for step, i in enumerate(order)]
+    return arena.lower_bound([*made, *(arena.Block(problem.own[i], step, step) for step, i in enumerate(order))])
 
 
 # Which of the operations that are ready comes next, the smallest: (growth, bytes made, number in the present order).

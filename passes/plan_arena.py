@@ -9,17 +9,18 @@ keeps it while the next call uses the arena. A view (a reshape) is alive as long
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import prod
 
 import tvm
-from tvm import relax, s_tir, tirx
+from tvm import relax
 from tvm.ir import GlobalVar, Op
 from tvm.ir.transform import PassContext, module_pass
 from tvm.relax import op as R
 
 from tvmtrain import arena, signature
+from tvmtrain.passes.share_workspace import per_core
+from tvmtrain.passes.sizes import size_of
 
 ALLOC = "relax.builtin.alloc_tensor"
 
@@ -38,19 +39,20 @@ FIGURES = (ARENA, LOWER_BOUND, RESULTS, WORKSPACE, SAVED_FEATURES, SAVED_MASKS)
 class PlanArena:
     """Records ``FIGURES`` on each function.
 
-    results: what is returned in storage of its own. workspace: the most that one kernel allocates for itself, before TVM makes its
-    buffers smaller. saved: what lies in the arena while the loss is made and is read after it, numbers and masks.
+    results: what is returned in storage of its own. workspace: the most that one kernel allocates beside the arena, for each core
+    that runs it. saved: what lies in the arena while the loss is made and is read after it, numbers and masks.
     """
 
     def transform_module(self, mod: tvm.IRModule, _ctx: PassContext) -> tvm.IRModule:
         result = mod.clone()
+        workspace = per_core(mod)
         for name, function in mod.functions_items():
             if isinstance(function, relax.Function):
-                result[name] = _planned(mod, function)
+                result[name] = _planned(function, workspace)
         return result
 
 
-def _planned(mod: tvm.IRModule, function: relax.Function) -> relax.Function:
+def _planned(function: relax.Function, workspace: dict[str, int]) -> relax.Function:
     life = liveness(function)
     inside = [var for var in life.blocks if var not in life.escaping]
     plan = arena.plan([life.blocks[var] for var in inside])
@@ -59,7 +61,7 @@ def _planned(mod: tvm.IRModule, function: relax.Function) -> relax.Function:
         ARENA: plan.size,
         LOWER_BOUND: arena.lower_bound([life.blocks[var] for var in inside]),
         RESULTS: sum(life.blocks[var].size for var in life.escaping),
-        WORKSPACE: max((_workspace(mod[gvar]) for gvar in _kernels(function)), default=0),
+        WORKSPACE: max((workspace[gvar.name_hint] for gvar in _kernels(function)), default=0),
         **_saved(function, life),
     }
     return relax.Function(function.params, body, function.ret_ty, function.is_pure, function.attrs).with_attrs(figures)
@@ -69,13 +71,6 @@ def _kernels(function: relax.Function) -> Iterator[GlobalVar]:
     for binding in _bindings(function):
         if is_kernel(binding.value):
             yield binding.value.op
-
-
-def _workspace(kernel: tirx.PrimFunc) -> int:
-    """Bytes of the buffers in memory, not in registers, that a kernel has for itself."""
-    block = kernel.body.block if isinstance(kernel.body, s_tir.SBlockRealize) else None
-    buffers = [buffer.ty for buffer in block.alloc_buffers] if block is not None else []
-    return sum(size_of([int(d) for d in b.shape], str(b.dtype)) for b in buffers if b.storage_scope == "global")
 
 
 def _saved(function: relax.Function, life: Liveness) -> dict[str, int]:
@@ -143,18 +138,6 @@ def is_kernel(value: relax.Expr) -> bool:
 
 def nbytes(alloc: relax.Call) -> int:
     return size_of([int(d) for d in alloc.args[0].values], str(alloc.args[1].value))
-
-
-def bytes_of(ty: relax.Type) -> int:
-    """Bytes of a tensor, or of all tensors of a tuple."""
-    if isinstance(ty, relax.TupleType):
-        return sum(bytes_of(part) for part in ty.fields)
-    return size_of([int(d) for d in ty.shape], str(ty.dtype))
-
-
-def size_of(shape: Sequence[int], dtype: str) -> int:
-    """Bytes of a tensor; TVM keeps a bool in a byte."""
-    return prod(shape) * max(1, tvm.DataType(dtype).bits // 8)
 
 
 def _rewritten(function: relax.Function, offsets: dict[relax.Var, int], size: int) -> relax.SeqExpr:

@@ -14,13 +14,13 @@ import tvm_ffi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from tvm import relax
-from tvm.ir.transform import Sequential
+from tvm import relax, tirx
+from tvm.ir.transform import PassContext, Sequential
 
 import tvmtrain as tt
-from tvmtrain import arena, builder, lowering, passes
+from tvmtrain import arena, builder, lowering, passes, targets
 from tvmtrain.errors import NonFiniteLossError
-from tvmtrain.passes import order
+from tvmtrain.passes import order, plan_arena, share_workspace
 
 # --- The planner alone ------------------------------------------------------------------------------------------------------
 
@@ -97,7 +97,8 @@ def graphs(draw):
     """Operations that read up to two earlier ones; some make nothing."""
     count = draw(st.integers(1, 14))
     reads = [set(draw(st.lists(st.integers(0, i - 1), max_size=2))) if i else set() for i in range(count)]
-    return order.Problem(reads, draw(st.lists(st.integers(0, 100), min_size=count, max_size=count)), reads)
+    made, own = (draw(st.lists(st.integers(0, 100), min_size=count, max_size=count)) for _ in range(2))
+    return order.Problem(reads, made, reads, own)
 
 
 def simulated(problem: order.Problem, sequence: list[int]) -> int:
@@ -107,7 +108,7 @@ def simulated(problem: order.Problem, sequence: list[int]) -> int:
         assert problem.before[i] <= done
         done.add(i)
         alive.add(i)
-        highest = max(highest, sum(problem.size[j] for j in alive))
+        highest = max(highest, sum(problem.size[j] for j in alive) + problem.own[i])
         alive = {j for j in alive if any(j in problem.reads[k] for k in range(len(problem.size)) if k not in done)}
     return highest
 
@@ -125,7 +126,7 @@ def test_an_order_is_valid_and_never_worse_than_the_one_before(problem):
 def test_what_frees_memory_runs_first():
     # Two large values, each read by an operation with a small result: one after the other, they are never alive together.
     reads = [set(), set(), {0}, {1}, {2, 3}]
-    problem = order.Problem(reads, [100, 100, 1, 1, 1], reads)
+    problem = order.Problem(reads, [100, 100, 1, 1, 1], reads, [0] * 5)
     assert order.peak(problem, list(range(5))) == 201
     assert order.peak(problem, order.best_order(problem)) == 102
 
@@ -396,3 +397,63 @@ def test_a_mask_and_gathered_channels_are_kept_together():
     # Of four bytes of an activation that a ReLU6 made, two are gathered and one is its mask.
     assert found.saved_masks > 0
     assert found.saved_features + found.saved_masks < 0.8 * whole.saved_features
+
+
+# --- What a kernel needs for itself -----------------------------------------------------------------------------------------
+
+
+def test_a_padded_copy_lies_in_the_arena(monkeypatch):
+    """One image for a convolution of stride 2: all its filters read a padded copy with even and odd columns apart."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)
+    )
+    x, y = torch.randn(1, 3, 64, 64), torch.tensor([1])
+    graph = tt.trace(model, x, y)
+    new = tt.build(graph)
+    monkeypatch.setattr(lowering, "ShareWorkspace", lambda: Sequential([]))
+    old = tt.build(graph)
+    copy = 3 * 65 * 2 * 33 * 4
+    taken, alone = (made.manifest.memory["predict workspace"] for made in (new, old))
+    assert (taken, alone) == (0, copy)
+    assert new.manifest.memory["predict arena"] >= old.manifest.memory["predict arena"]
+    assert new.manifest.memory["predict lower_bound"] >= copy + 16 * 32 * 32 * 4
+    np.testing.assert_array_equal(new.load().predict(x), old.load().predict(x))
+
+
+def test_kernels_take_their_workspace_as_arguments():
+    """The pass alone: an argument for each buffer, allocated before the call; a second call takes the same kernel."""
+    x, w = (relax.Var(name, relax.TensorType(shape, "float32")) for name, shape in (("x", (1, 4, 9, 9)), ("w", (4, 4, 3, 3))))
+    block = relax.BlockBuilder()
+    with block.function("main", [x, w]):
+        with block.dataflow():
+            once = block.emit(relax.op.nn.conv2d(x, w, strides=2, padding=1))
+            pair = block.emit(relax.op.concat([once, once], 2))
+            wide = block.emit(relax.op.concat([pair, pair], 3))
+            out = block.emit_output(
+                relax.op.nn.conv2d(relax.op.strided_slice(wide, [2, 3], [0, 0], [9, 9]), w, strides=2, padding=1)
+            )
+        block.emit_func_output(out)
+    device = targets.load("host")
+    steps = Sequential(
+        [
+            share_workspace.place_buffers(),
+            relax.transform.ToNonDataflow(),
+            relax.transform.RemovePurityChecking(),
+            relax.transform.CallTIRRewrite(),
+        ]
+    )
+    # No module is well-formed for TVM's checker once calls of kernels stand for themselves.
+    with PassContext():
+        lowered = steps(lowering.lower(block.get(), device))
+        shared = share_workspace.ShareWorkspace()(lowered)
+    kernels = [f for _, f in shared.functions_items() if isinstance(f, tirx.PrimFunc)]
+    assert not any(share_workspace.workspace(kernel) for kernel in kernels)
+    before, after = ([b.value for blk in mod["main"].body.blocks for b in blk.bindings] for mod in (lowered, shared))
+    calls, wanted = (
+        [v for v in values if plan_arena.is_kernel(v) and "conv2d" in v.op.name_hint] for values in (after, before)
+    )
+    buffers = [share_workspace.workspace(lowered[value.op]) for value in wanted]
+    assert [len(value.args) for value in calls] == [len(v.args) + len(b) for v, b in zip(wanted, buffers, strict=True)]
+    assert len(buffers) == 2
+    assert all(buffers)

@@ -12,6 +12,7 @@ from tvm.target import Target
 from tvmtrain import filtering, kernels, pool_kernels, schedules  # noqa: F401
 from tvmtrain.passes.order import OrderForMemory
 from tvmtrain.passes.plan_arena import PlanArena
+from tvmtrain.passes.share_workspace import ShareWorkspace, place_buffers
 from tvmtrain.passes.update_in_place import UpdateInPlace
 from tvmtrain.targets import Device
 
@@ -39,10 +40,12 @@ def plan(mod: tvm.IRModule) -> tvm.IRModule:
         [
             relax.transform.RewriteDataflowReshape(),
             UpdateInPlace(),
+            place_buffers(),
             OrderForMemory(),
             relax.transform.ToNonDataflow(),
             relax.transform.RemovePurityChecking(),
             relax.transform.CallTIRRewrite(),
+            ShareWorkspace(),
             PlanArena(),
         ]
     )

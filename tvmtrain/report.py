@@ -19,7 +19,7 @@ from tvm.ir import Op
 
 from tvmtrain import operators, signature
 from tvmtrain.passes.hoist_saved import VIEWS
-from tvmtrain.passes.plan_arena import bytes_of
+from tvmtrain.passes.sizes import bytes_of
 
 PRODUCTS = ("relax.nn.conv2d", operators.DGRAD, operators.WGRAD, "relax.matmul")
 SUMS = ("relax.sum", "relax.mean", "tvmtrain.patch_sum", "tvmtrain.patch_mean")
