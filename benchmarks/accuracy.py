@@ -29,7 +29,7 @@ from tvmtrain.spec import Layer, UpdatePlan
 
 FILES = {"flowers": "flowers5_96.npz", "cifar10": "cifar10.npz"}
 CLASSES = {"flowers": 5, "cifar10": 10}
-BATCH, PIXELS = 32, 96
+BATCH = 32
 
 
 def plans(layers: Sequence[Layer], count: int, share: float) -> dict[str, UpdatePlan]:
@@ -50,7 +50,7 @@ def graph(options: argparse.Namespace) -> tt.TrainGraph:
     model = networks.MobileNetV2(0.35, CLASSES[options.data])
     weights = networks.load_file(networks.data_folder() / networks.WEIGHTS)
     model.load_state_dict(weights, strict=False)
-    x, y = torch.zeros(BATCH, 3, PIXELS, PIXELS), torch.zeros(BATCH, dtype=torch.int64)
+    x, y = torch.zeros(BATCH, 3, options.pixels, options.pixels), torch.zeros(BATCH, dtype=torch.int64)
     return tt.trace(model.eval(), x, y, optimizer=tt.SGD(momentum=options.momentum, weight_decay=1e-4, clip_norm=2.0))
 
 
@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--momentum", type=float, default=0.0)
     parser.add_argument("--layers", type=int, default=4, help="how many of the last convolutions are trained")
     parser.add_argument("--share", type=float, default=0.25, help="of the input channels in the sparse rows")
+    parser.add_argument("--pixels", type=int, default=128, help="height and width to which images are resized")
     parser.add_argument("--limit", type=int, help="training images (default: all)")
     parser.add_argument("-o", "--output", type=Path, default=Path("accuracy.json"))
     options = parser.parse_args()
