@@ -2,15 +2,17 @@
 
     python benchmarks/memory.py
 
-Compiled: the arena (all that lives shorter than a step), the largest workspace of a kernel, and what the forward keeps for the
-backward. PyTorch: the most bytes that its allocator has handed out at once in a step beyond parameters and gradients of the same
-trained layers, by its own profiler (``profile_memory``). Channels that the sparse plan chooses cannot be told to PyTorch, which
-trains those layers whole.
+Compiled: what the forward keeps for the backward, the arena (all that lives shorter than a step), and what one kernel allocates
+beside it for each core. Each row twice: as it is, and in strips (``TrainGraph.within``) so that it takes a tenth of PyTorch's memory;
+"forward" is the work of the forward, of which strips do some again. PyTorch: the most bytes that its allocator has handed out at once
+in a step beyond parameters and gradients of the same trained layers, by its own profiler (``profile_memory``). Channels that the
+sparse plan chooses cannot be told to PyTorch, which trains those layers whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 
 import networks
 import plans
@@ -20,6 +22,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import tvmtrain as tt
+from tvmtrain.errors import PlanError
+from tvmtrain.report import Summary
 from tvmtrain.spec import UpdatePlan
 
 SCHEME = plans.MCUNETV3["mcu_mobilenetv2"][0]
@@ -49,23 +53,43 @@ def pytorch_peak(model: nn.Module, x: torch.Tensor, y: torch.Tensor, trained: se
     return peak
 
 
+def tenth(graph: tt.TrainGraph, theirs: int) -> tt.TrainGraph | None:
+    """``graph`` in strips, with an arena of a tenth of PyTorch's bytes; None where strips are no help."""
+    try:
+        return graph.within(theirs // 10)
+    except PlanError as error:
+        print(error)
+        return None
+
+
+def weights_trained(graph: tt.TrainGraph, summary: Summary) -> float:
+    """The share of all convolution weights that a step trains."""
+    layers = {layer.name: layer for layer in graph.layers if layer.kind == "conv2d"}
+    moved = sum(cost.trained for cost in summary.layers if cost.name in layers)
+    biases = sum(layer.weight_shape[0] for name, layer in layers.items() if f"{name}.bias" in graph.trained)
+    return (moved - biases) / sum(prod(layer.weight_shape) for layer in layers.values())
+
+
+def line(name: str, summary: Summary, theirs: int, forward: float, share: float) -> str:
+    figures = (summary.saved_features, summary.saved_masks, summary.arena, summary.workspace, theirs)
+    kept, masks, arena, workspace, peak = (f"{value / 1024:,.0f}" for value in figures)
+    ratio = f"{summary.arena / theirs:.2f}"
+    return f"{name:34}{kept:>8}{masks:>8}{arena:>8}{workspace:>11}{peak:>9}{ratio:>8}{forward:>9.2f}{share:>14.1%}"
+
+
 def main() -> None:
     model, x, y = networks.mcu_mobilenetv2(batch=1, size=128)
     dense = tt.trace(model, x, y)
-    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 4)
     print(
-        f"{'KB':26}{'kept':>9}{'masks':>9}{'arena':>9}{'workspace':>11}{'PyTorch':>9}{'ratio':>8}{'conv weights trained':>22}"
+        f"{'KB':34}{'kept':>8}{'masks':>8}{'arena':>8}{'workspace':>11}{'PyTorch':>9}{'ratio':>8}{'forward':>9}{'conv weights':>14}"
     )
     for name, graph in rows(dense):
-        summary = graph.summary()
-        theirs = pytorch_peak(model, x, y, set(graph.trained))
-        kinds = {layer.name: layer for layer in graph.layers if layer.kind == "conv2d"}
-        moved = sum(c.trained for c in summary.layers if c.name in kinds)
-        biases = sum(kinds[n].weight_shape[0] for n in graph.plan.layers if n in kinds)
-        figures = [summary.saved_features, summary.saved_masks, summary.arena, summary.workspace, theirs]
-        kept, masks, arena, workspace, peak = (f"{value / 1024:,.0f}" for value in figures)
-        ratio, share = f"{summary.arena / theirs:.2f}", f"{(moved - biases) / weights:.1%}"
-        print(f"{name:26}{kept:>9}{masks:>9}{arena:>9}{workspace:>11}{peak:>9}{ratio:>8}{share:>22}", flush=True)
+        whole = graph.summary()
+        theirs, share = pytorch_peak(model, x, y, set(graph.trained)), weights_trained(graph, whole)
+        print(line(name, whole, theirs, 1.0, share), flush=True)
+        if (small := tenth(graph, theirs)) is not None:
+            cut = small.summary()
+            print(line(f"{name}, in strips", cut, theirs, cut.forward_flops / whole.forward_flops, share), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from tvmtrain.passes.gather_early import GatherEarly
 from tvmtrain.passes.gradient_filter import GradientFilter
 from tvmtrain.passes.guard_state import GuardState
 from tvmtrain.passes.hoist_saved import HoistSaved
+from tvmtrain.passes.in_strips import InStrips
 from tvmtrain.passes.pooled_domain import PooledDomain
 from tvmtrain.passes.prune_frozen import PruneFrozen
 from tvmtrain.passes.return_gradients import ReturnGradients
@@ -39,7 +40,8 @@ class Training:
 
     trained: parameters that the step updates. sparse: weight -> how many of its input channels are trained in a step; fixed: those
     of them whose channels never change. filtered: weight of a convolution, trained or not -> patch (rows, columns) of its gradients;
-    scaling: weight -> "unbiased" or "paper", unbiased where it is not named.
+    scaling: weight -> "unbiased" or "paper", unbiased where it is not named. strips: bytes that a part of the forward may need at once;
+    None: nothing is computed in strips.
     """
 
     trained: Sequence[str]
@@ -47,6 +49,7 @@ class Training:
     fixed: frozenset[str] = frozenset()
     filtered: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     scaling: Mapping[str, str] = field(default_factory=dict)
+    strips: int | None = None
 
 
 def check(training: Training, mod: tvm.IRModule) -> None:
@@ -82,6 +85,8 @@ def pipeline(training: Training, optimizer: Optimizer, *, gradients: bool = Fals
             # 5. What the forward keeps for the backward.
             GatherEarly(),
             HoistSaved(),
+            # 6. What of the forward is computed in strips, if the memory for all of it is not there.
+            *([] if training.strips is None else [InStrips(training.strips)]),
         ]
     )
 

@@ -34,10 +34,11 @@ ALLOWED: dict[str, set[str]] = {
     "passes": {"arena", "artifact", "autodiff", "errors", "filtering", "operators", "signature", "spec"},
     "report": {"operators", "passes", "signature"},
     "lowering": {"filtering", "kernels", "passes", "pool_kernels", "schedules", "targets"},
+    "fitting": {"errors", "lowering", "passes", "targets"},
     "summarize": {"artifact", "lowering", "passes", "report", "targets"},
     "graph": {
-        *("artifact", "autodiff", "converters", "errors", "importer", "passes", "report", "signature", "spec", "summarize"),
-        "targets",
+        *("artifact", "autodiff", "converters", "errors", "fitting", "importer", "passes", "report", "signature", "spec"),
+        *("summarize", "targets"),
     },
     "kernels": {"operators"},
     "pool_kernels": {"kernels"},

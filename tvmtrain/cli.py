@@ -147,6 +147,7 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     optimizer.add_argument("--clip-norm", type=float, help="bound of the norm of all gradients together")
     parser.add_argument("--device", default="host", help="a name from `tvmtrain devices` (default: %(default)s)")
     parser.add_argument("--plan", type=Path, help="update plan (TOML): what is trained")
+    parser.add_argument("--arena", type=_bytes, metavar="SIZE", help="what intermediate tensors may take at once: 256KB, 1.5MB")
     parser.add_argument("--seed", type=int, default=0, help="of random weights and Dropout (default: %(default)s)")
 
 
@@ -222,6 +223,19 @@ def _whole(text: str) -> int:
     return value
 
 
+def _bytes(text: str) -> int:
+    number, unit = next(
+        ((text[: -len(u)], f) for u, f in (("KB", 2**10), ("MB", 2**20)) if text.upper().endswith(u)), (text, 1)
+    )
+    try:
+        size = int(float(number) * unit)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number of bytes, or one with KB or MB: 200000, 256KB, 1.5MB")
+    return size
+
+
 def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
@@ -261,6 +275,7 @@ def _job(options: argparse.Namespace) -> Job:
             optimizer=_optimizer(options),
             device=options.device,
             plan=options.plan,
+            arena=options.arena,
             training=options.training,
             seed=options.seed,
             gradients=getattr(options, "gradients", False),

@@ -10,7 +10,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from tvmtrain import autodiff, importer, passes, report, signature
+from tvmtrain import autodiff, fitting, importer, passes, report, signature
 from tvmtrain.artifact import Entry, LossSpec, Selection
 from tvmtrain.converters.base import unsupported
 from tvmtrain.errors import PlanError
@@ -22,13 +22,17 @@ from tvmtrain.targets import Device
 
 @dataclass(frozen=True)
 class TrainGraph:
-    """The training step of a model: what ``trace`` gives, what ``apply`` rewrites and what ``build`` compiles."""
+    """The training step of a model: what ``trace`` gives, what ``apply`` rewrites and what ``build`` compiles.
+
+    strips: bytes that a part of the forward may need at once (``within``); None: it is computed whole.
+    """
 
     imported: importer.Imported
     optimizer: Optimizer
     trained: tuple[str, ...]
     seed: int = 0
     plan: UpdatePlan | None = None
+    strips: int | None = None
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -72,6 +76,14 @@ class TrainGraph:
         passes.check(applied._training(), self.imported.module)
         return applied
 
+    def within(self, arena: int, device: str | Device = "host") -> TrainGraph:
+        """A new graph whose arena takes at most ``arena`` bytes on ``device``; this one is unchanged.
+
+        Where the forward needs more, what is frozen of it is computed a few rows at a time, which takes longer. Raises PlanError if
+        that is not enough, with the bytes that are. Lowers the step up to five times: some seconds each.
+        """
+        return fitting.within(self, arena, device)
+
     def summary(self, against: TrainGraph | None = None, device: str | Device = "host") -> Summary:
         """What a step costs, and beside it what ``against`` costs: operations, bytes kept, the arena that ``device``'s code allocates.
 
@@ -92,7 +104,7 @@ class TrainGraph:
         for layer, update in self._planned():
             if update.patch is not None and (weight := _weight_of(layer)) is not None:
                 filtered[weight], scaling[weight] = update.patch, update.scaling
-        return passes.Training(self.trained, sparse, fixed, filtered, scaling)
+        return passes.Training(self.trained, sparse, fixed, filtered, scaling, self.strips)
 
     def state_bytes(self, entries: Iterable[Entry]) -> dict[str, int]:
         """Bytes of the tensors that live as long as the step does, by role."""

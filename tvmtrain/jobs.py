@@ -58,6 +58,7 @@ class Job:
     optimizer: Optimizer = field(default_factory=SGD)
     device: str = "host"
     plan: Path | None = None
+    arena: int | None = None
     training: bool | None = None
     seed: int = 0
     gradients: bool = False
@@ -109,7 +110,8 @@ def trace(job: Job, prepared: Prepared) -> graph.TrainGraph:
     """The training step of a prepared ``job``, with its plan applied."""
     x, y = (values[0] if len(values) == 1 else values for values in (prepared.x, prepared.y))
     traced = graph.trace(prepared.module, x, y, loss=job.loss, optimizer=job.optimizer, seed=job.seed)
-    return traced if job.plan is None else traced.apply(UpdatePlan.from_toml(job.plan))
+    traced = traced if job.plan is None else traced.apply(UpdatePlan.from_toml(job.plan))
+    return traced if job.arena is None else traced.within(job.arena, job.device)
 
 
 def prepare(job: Job) -> Prepared:

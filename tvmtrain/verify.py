@@ -90,6 +90,7 @@ def verify(
     loss: importer.Loss = "cross_entropy",
     optimizer: Optimizer | None = None,
     plan: UpdatePlan | None = None,
+    arena: int | None = None,
     device: str = "host",
     steps: int = 20,
     tolerance: float = 1e-3,
@@ -108,6 +109,7 @@ def verify(
     with out.working("tracing"):
         traced = graph.trace(module, x, y, loss=loss, optimizer=optimizer, seed=seed)
         traced = traced if plan is None else traced.apply(plan)
+        traced = traced if arena is None else traced.within(arena, device)
     with out.working(f"compiling for {device}"):
         step = builder.build(traced, device, gradients=True).load()
     check = _Check(module, traced, step, loss, optimizer, tolerance, seed)
@@ -128,6 +130,7 @@ def verify_job(job: jobs.Job, *, steps: int, tolerance: float, out: console.Cons
         loss=job.loss,
         optimizer=job.optimizer,
         plan=None if job.plan is None else UpdatePlan.from_toml(job.plan),
+        arena=job.arena,
         device=job.device,
         steps=steps,
         tolerance=tolerance,
