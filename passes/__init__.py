@@ -25,6 +25,7 @@ from tvmtrain.passes.hoist_saved import HoistSaved
 from tvmtrain.passes.in_strips import InStrips
 from tvmtrain.passes.pooled_domain import PooledDomain
 from tvmtrain.passes.prune_frozen import PruneFrozen
+from tvmtrain.passes.recompute import Recompute
 from tvmtrain.passes.return_gradients import ReturnGradients
 from tvmtrain.passes.sparse_update import SparseUpdate
 from tvmtrain.passes.stop_gradients import StopGradients
@@ -83,6 +84,7 @@ def pipeline(training: Training, optimizer: Optimizer, *, gradients: bool = Fals
             relax.transform.DeadCodeElimination(),
             DropUnread(),
             # 5. What the forward keeps for the backward.
+            Recompute(),
             GatherEarly(),
             HoistSaved(),
             # 6. What of the forward is computed in strips, if the memory for all of it is not there.

@@ -16,10 +16,6 @@ from tvmtrain import operators
 ROWS = 2  # the axis
 
 CONV, POOL, PAD = "relax.nn.conv2d", "relax.nn.max_pool2d", "relax.nn.pad"
-ARITHMETIC = ("add", "subtract", "multiply", "divide", "maximum", "minimum")
-FUNCTIONS = ("clip", "abs", "exp", "sqrt", "square", "negative", "sigmoid", "tanh", "erf")
-ACTIVATIONS = ("nn.relu", "nn.leakyrelu", "nn.gelu", "nn.gelu_tanh", "nn.silu")
-ELEMENTWISE = {f"relax.{name}" for name in (*ARITHMETIC, *FUNCTIONS, *ACTIVATIONS)} | {operators.HARDTANH}
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ def window(call: relax.Call, data: set[relax.Var]) -> Window | None:
         return Window(1, int(call.attrs.pad_width[2 * ROWS]), 1, height)
     whole = all(_height(operand.ty) == _height(call.ty) for operand in operands)
     others = all(_one_row(arg) for arg in call.args if arg not in operands)
-    return Window(1, 0, 1, height) if name in ELEMENTWISE and whole and others else None
+    return Window(1, 0, 1, height) if name in operators.ELEMENTWISE and whole and others else None
 
 
 def _window(strides: Sequence[int], padding: Sequence[int], dilation: Sequence[int], kernel: int, height: int) -> Window:
@@ -102,7 +98,7 @@ def _one_row(value: relax.Expr) -> bool:
 
 def moves_no_rows(call: relax.Call) -> bool:
     """Whether a call is elementwise, so that it is fused into the kernel that makes its operand."""
-    return getattr(getattr(call, "op", None), "name", "") in ELEMENTWISE
+    return getattr(getattr(call, "op", None), "name", "") in operators.ELEMENTWISE
 
 
 def computed(call: relax.Call, how: Window, rows: Rows, parts: Mapping[relax.Var, relax.Expr]) -> relax.Expr:

@@ -28,6 +28,12 @@ VIEWED_CONV = "tvmtrain.viewed_conv2d"
 VIEWED_LINEAR = "tvmtrain.viewed_linear"
 PUT = "tvmtrain.put"
 
+_ARITHMETIC = ("add", "subtract", "multiply", "divide", "maximum", "minimum")
+_FUNCTIONS = ("clip", "abs", "exp", "sqrt", "square", "negative", "sigmoid", "tanh", "erf")
+_ACTIVATIONS = ("nn.relu", "nn.leakyrelu", "nn.gelu", "nn.gelu_tanh", "nn.silu")
+# Operators of numbers that compute each number of the result from those at its place.
+ELEMENTWISE = {f"relax.{name}" for name in (*_ARITHMETIC, *_FUNCTIONS, *_ACTIVATIONS)} | {HARDTANH}
+
 
 def _first_type_with_shape(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TensorType:
     return relax.TensorType([int(d) for d in call.attrs["shape"]], call.args[0].ty.dtype)

@@ -18,7 +18,7 @@ from tvm import relax
 from tvm.ir import Op
 
 from tvmtrain import operators, signature
-from tvmtrain.passes.hoist_saved import VIEWS
+from tvmtrain.passes.sides import VIEWS
 from tvmtrain.passes.sizes import bytes_of
 
 PRODUCTS = ("relax.nn.conv2d", operators.DGRAD, operators.WGRAD, "relax.matmul")
