@@ -23,6 +23,7 @@ from tvmtrain.passes.gradient_filter import GradientFilter
 from tvmtrain.passes.guard_state import GuardState
 from tvmtrain.passes.hoist_saved import HoistSaved
 from tvmtrain.passes.in_strips import InStrips
+from tvmtrain.passes.pack_masks import PackMasks
 from tvmtrain.passes.pooled_domain import PooledDomain
 from tvmtrain.passes.prune_frozen import PruneFrozen
 from tvmtrain.passes.recompute import Recompute
@@ -87,6 +88,7 @@ def pipeline(training: Training, optimizer: Optimizer, *, gradients: bool = Fals
             Recompute(),
             GatherEarly(),
             HoistSaved(),
+            PackMasks(),
             # 6. What of the forward is computed in strips, if the memory for all of it is not there.
             *([] if training.strips is None else [InStrips(training.strips)]),
         ]

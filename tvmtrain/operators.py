@@ -9,6 +9,7 @@ Layouts are PyTorch's: activations [N, C, H, W], weights [O, I/groups, Kh, Kw].
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ WGRAD = "tvmtrain.conv2d_wgrad"
 VIEWED_CONV = "tvmtrain.viewed_conv2d"
 VIEWED_LINEAR = "tvmtrain.viewed_linear"
 PUT = "tvmtrain.put"
+PACK_BITS = "tvmtrain.pack_bits"
+UNPACK_BITS = "tvmtrain.unpack_bits"
 
 _ARITHMETIC = ("add", "subtract", "multiply", "divide", "maximum", "minimum")
 _FUNCTIONS = ("clip", "abs", "exp", "sqrt", "square", "negative", "sigmoid", "tanh", "erf")
@@ -59,6 +62,14 @@ def _normalize_type(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TupleTy
     return relax.TupleType([relax.TensorType(list(x.shape), x.dtype), kept, kept])
 
 
+def _bits_type(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TensorType:
+    return relax.TensorType([-(-prod(int(d) for d in call.args[0].ty.shape) // 8)], "uint8")
+
+
+def _mask_type(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TensorType:
+    return relax.TensorType([int(d) for d in call.attrs["shape"]], "bool")
+
+
 def register(name: str, doc: str, infer: Callable[[relax.Call, relax.BlockBuilder], relax.Type]) -> None:
     """A Relax operator from Python: ``infer`` gives the type of a call; it has no side effects."""
     _ir_ffi.RegisterOp(name, doc)
@@ -71,6 +82,8 @@ register(WGRAD, "gradient of conv2d with respect to its weight", _first_type_wit
 register(VIEWED_CONV, "conv2d, of whose weight a view is trained", _viewed_conv_type)
 register(VIEWED_LINEAR, "x @ w^T, of whose weight a view is trained", _viewed_linear_type)
 register(PUT, "a tensor with some of its slices replaced", _type_of_argument)
+register(PACK_BITS, "a mask, eight numbers to a byte", _bits_type)
+register(UNPACK_BITS, "the mask that was packed", _mask_type)
 register(HARDTANH, "clip, without a gradient at its bounds", _type_of_argument)
 register(NORMALIZE, "(x - mean) / sqrt(var + eps) with its statistics", _normalize_type)
 
@@ -246,3 +259,58 @@ def _legalize_put(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
         return te.compute(x.shape, element, name="put")
 
     return bb.call_te(kernel, *call.args, primfunc_name_hint="put")
+
+
+def pack_bits(mask: relax.Expr) -> relax.Call:
+    """The numbers of a mask (bool, any shape) as bits, the first in the lowest bit of the first byte: [size / 8, rounded up] uint8."""
+    return relax.Call(Op.get(PACK_BITS), [mask], dict_attrs())
+
+
+def unpack_bits(bits: relax.Expr, shape: Sequence[int]) -> relax.Call:
+    """The mask of ``shape`` that ``pack_bits`` made ``bits`` of."""
+    return relax.Call(Op.get(UNPACK_BITS), [bits], dict_attrs(shape=list(shape)))
+
+
+@register_legalize(PACK_BITS)
+def _legalize_pack_bits(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    def kernel(mask: te.Tensor) -> te.Tensor:
+        shape = [int(d) for d in mask.shape]
+        size = prod(shape)
+
+        def bit(i: tirx.PrimExpr) -> tirx.PrimExpr:
+            inside = tirx.const(True, "bool") if size % 8 == 0 else i < size
+            return tirx.if_then_else(inside, tirx.Cast("uint8", mask(*_unravelled(i, shape))), tirx.const(0, "uint8"))
+
+        def byte(i: tirx.Var) -> tirx.PrimExpr:
+            bits = [bit(i * 8 + k) << tirx.const(k, "uint8") for k in range(8)]
+            return sum(bits[1:], bits[0])
+
+        return te.compute((-(-size // 8),), byte, name="pack_bits")
+
+    return bb.call_te(kernel, *call.args, primfunc_name_hint="pack_bits")
+
+
+@register_legalize(UNPACK_BITS)
+def _legalize_unpack_bits(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    shape = [int(d) for d in call.attrs["shape"]]
+
+    def kernel(bits: te.Tensor) -> te.Tensor:
+        def number(*index: tirx.Var) -> tirx.PrimExpr:
+            place: Any = 0
+            for i, size in zip(index, shape, strict=True):
+                place = place * size + i
+            shifted = bits[place // 8] >> tirx.Cast("uint8", place % 8)
+            return (shifted & tirx.const(1, "uint8")) != tirx.const(0, "uint8")
+
+        return te.compute(shape, number, name="unpack_bits")
+
+    return bb.call_te(kernel, *call.args, primfunc_name_hint="unpack_bits")
+
+
+def _unravelled(place: tirx.PrimExpr, shape: Sequence[int]) -> list[tirx.PrimExpr]:
+    """The index in ``shape`` of a place in memory."""
+    index = []
+    for size in reversed(shape):
+        index.append(place % size)
+        place = place // size
+    return index[::-1]
