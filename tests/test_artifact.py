@@ -147,12 +147,12 @@ def test_what_is_no_artifact_is_refused(tmp_path, place):
 
 def test_a_manifest_of_the_future_is_refused_with_its_version(folder):
     def change(content):
-        content["format"] = 2
+        content["format"] = 3
         content["versions"] = {"tvmtrain": "9.1"}
         content["new"] = []
 
     edit(folder, change, sign=False)
-    with pytest.raises(ArtifactError, match=r"format 2, written by tvmtrain 9\.1, and this tvmtrain reads format 1"):
+    with pytest.raises(ArtifactError, match=r"format 3, written by tvmtrain 9\.1, and this tvmtrain reads format 2"):
         artifact.read(folder)
 
 
@@ -427,6 +427,7 @@ from pathlib import Path
 sys.path[:0] = {paths!r}
 from tvmtrain import artifact
 from tvmtrain.artifact import *
+from tvmtrain.costs import *
 
 where, trials, seed = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 SPEC = TensorSpec("parameter", "w", (50_000,), "float32")
@@ -441,11 +442,15 @@ class Code:
     def __init__(self, version): self.version = version
     def export_library(self, name): Path(name).write_bytes(b"%d" % self.version * 1000)
 
+FIGURES, NONE = EntryMemory(0, 0, 0, 0, 0, 0), (0,)
+LINE = Timeline(0, NONE, NONE, NONE, NONE, NONE, NONE, NONE)
+MEMORY = Memory({{entry.name: FIGURES for entry in ENTRIES}}, LINE)
+
 def values(version): return {{"w": np.full(50_000, version, "float32")}}
 
 def save_artifact(version):
     device = {{"name": "host", "arch": artifact.machine()}}
-    manifest = Manifest(ENTRIES, {{}}, ("w",), LossSpec("mse"), {{}}, str(version), device, {{}}, float(version), 1, {{}})
+    manifest = Manifest(ENTRIES, {{}}, ("w",), LossSpec("mse"), {{}}, str(version), device, {{}}, float(version), 1, MEMORY, ())
     Artifact(manifest, values(version), Code(version)).save(where)
 
 def read_artifact():

@@ -204,6 +204,8 @@ def _add_verify(commands: Any) -> None:
 def _add_inspect(commands: Any) -> None:
     parser = _command(commands, "inspect", _inspect, "show what a compiled step is")
     parser.add_argument("artifact", metavar="ARTIFACT", type=Path, help="folder that `tvmtrain compile` wrote, for any machine")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw live bytes over a training step: .svg, .png or .pdf")
+    parser.add_argument("--against", type=Path, metavar="ARTIFACT", help="with --plot: draw this artifact's step before it")
 
 
 def _add_devices(commands: Any) -> None:
@@ -392,8 +394,13 @@ def _verify(options: argparse.Namespace, out: Console) -> Outcome:
 def _inspect(options: argparse.Namespace, out: Console) -> Outcome:
     from tvmtrain import describe
 
+    if options.against is not None and options.plot is None:
+        raise UsageError("--against: needs --plot FILE")
     description = describe.describe(options.artifact)
     describe.show(description, out)
+    if options.plot is not None:
+        describe.plot(options.artifact, options.against, options.plot)
+        out.line(f"drawn: {options.plot}")
     return Outcome(0, description.to_dict())
 
 

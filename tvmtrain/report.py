@@ -18,6 +18,7 @@ from tvm import relax
 from tvm.ir import Op
 
 from tvmtrain import operators, signature
+from tvmtrain.costs import LayerCost
 from tvmtrain.passes.hoist_saved import VIEWS
 from tvmtrain.passes.plan_arena import bytes_of
 
@@ -25,17 +26,6 @@ PRODUCTS = ("relax.nn.conv2d", operators.DGRAD, operators.WGRAD, "relax.matmul")
 SUMS = ("relax.sum", "relax.mean", "tvmtrain.patch_sum", "tvmtrain.patch_mean")
 # What lies between a weight's gradient and the product that makes it.
 AFTER_WGRAD = (*VIEWS, "relax.permute_dims", "relax.add", "relax.multiply", "relax.divide")
-
-
-@dataclass(frozen=True)
-class LayerCost:
-    """trained: numbers that a step updates; kept: bytes of its input that its weight gradient keeps; flops: of its backward."""
-
-    name: str
-    kind: str
-    trained: int
-    kept: int
-    flops: int
 
 
 @dataclass(frozen=True)

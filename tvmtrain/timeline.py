@@ -1,0 +1,91 @@
+"""Which bytes are alive while each kernel of a planned training step runs, and what they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import tvm
+from tvm import relax
+from tvm.ir import GlobalVar
+
+from tvmtrain import signature
+from tvmtrain.arena import Block
+from tvmtrain.artifact import STATE_ROLES
+from tvmtrain.costs import Timeline
+from tvmtrain.passes import plan_arena
+from tvmtrain.passes.plan_arena import Liveness
+
+
+def timeline(planned: tvm.IRModule) -> Timeline:
+    """Of the function ``train_step`` that ``lowering.plan`` made."""
+    function = planned["train_step"]
+    life = plan_arena.liveness(function)
+    calls = {step: binding.value for step, binding in enumerate(plan_arena.bindings(function)) if _is_call(binding.value)}
+    loss = plan_arena.loss_step(function, life)
+    assert loss is not None, "a training step returns its loss"
+    gradients = _gradients(function, life, list(calls.values()))
+    rows: dict[str, dict[int, int]] = {kind: dict.fromkeys(calls, 0) for kind in (*KINDS, "allocated")}
+    for var, block in life.blocks.items():
+        # The caller holds what is returned.
+        last = max(calls) if var in life.escaping else block.last
+        row = rows[_kind(var, block, life, loss, gradients)]
+        for step in calls.keys() & range(block.first, last + 1):
+            row[step] += block.size
+    for step, call in calls.items():
+        rows["allocated"][step] = plan_arena.workspace_of(planned[call.op]) if isinstance(call.op, GlobalVar) else 0
+    return Timeline(loss=list(calls).index(loss), **{kind: tuple(row.values()) for kind, row in rows.items()})
+
+
+KINDS = ("features", "masks", "gradients", "temporary", "workspace", "results")
+
+
+def _kind(var: relax.Var, block: Block, life: Liveness, loss: int, gradients: set[relax.Var]) -> str:
+    if var in life.escaping:
+        return "results"
+    if block.first < loss < block.last:
+        return "masks" if plan_arena.is_mask(var) else "features"
+    if var in gradients and block.first > loss:
+        return "gradients"
+    return "workspace" if block.first == block.last else "temporary"
+
+
+def _is_call(value: relax.Expr) -> bool:
+    """Whether something runs: a kernel of ours or a function of TVM's runtime, not an allocation or a view."""
+    return isinstance(value, relax.Call) and isinstance(value.op, (GlobalVar, relax.ExternFunc))
+
+
+def _gradients(function: relax.Function, life: Liveness, calls: list[relax.Call]) -> set[relax.Var]:
+    """What the kernels that move a state tensor read and that is like that tensor: of its shape, or a share of its channels or taps."""
+    state = {var for (role, _), var in zip(signature.inputs(function), function.params, strict=True) if role in STATE_ROLES}
+    found = set()
+    for call in calls:
+        moved = _moved(call, state, life)
+        for arg in call.args if moved is not None else ():
+            found |= {var for var in life.behind.get(arg, ()) if _like(_shape(var), _shape(moved))}
+    return found
+
+
+def _moved(call: relax.Call, state: set[relax.Var], life: Liveness) -> relax.Var | None:
+    """The state that a kernel writes: its last argument (``passes.update_in_place``), or the last before its workspace."""
+    for arg in reversed(call.args):
+        blocks = [life.blocks[var] for var in life.behind.get(arg, ())]
+        if not blocks or any(block.first != block.last for block in blocks):
+            return arg if arg in state else None
+    return None
+
+
+def _shape(var: relax.Var) -> list[int]:
+    return [int(d) for d in var.ty.shape]
+
+
+def _like(gradient: list[int], moved: list[int]) -> bool:
+    """Whether they are of one shape but for axes of length 1 and a transposition, or a share of the second axis and one tap of all."""
+    if sorted(_long(gradient)) == sorted(_long(moved)):
+        return True
+    if len(gradient) != len(moved) or len(moved) < 2 or gradient[0] != moved[0] or gradient[1] > moved[1]:
+        return False
+    return gradient[2:] == moved[2:] or set(gradient[2:]) <= {1}
+
+
+def _long(shape: list[int]) -> Iterator[int]:
+    return (size for size in shape if size != 1)
