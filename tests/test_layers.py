@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "autodiff": {"filtering", "operators", "signature"},
     "passes": {"arena", "artifact", "autodiff", "errors", "filtering", "operators", "signature", "spec"},
     "report": {"costs", "operators", "passes", "signature"},
-    "timeline": {"arena", "artifact", "costs", "passes", "signature"},
+    "timeline": {"arena", "costs", "passes", "signature"},
     "drawing": {"costs", "errors"},
     "lowering": {"filtering", "kernels", "passes", "pool_kernels", "schedules", "targets"},
     "summarize": {"artifact", "costs", "lowering", "passes", "report", "signature", "targets"},

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from tvmtrain import artifact, console
+from tvmtrain import artifact, console, drawing
 from tvmtrain.artifact import Entry, Manifest, Selection, TensorSpec
 from tvmtrain.costs import EntryMemory, LayerCost, Memory
-from tvmtrain.errors import TvmtrainError
+from tvmtrain.errors import InputError, TvmtrainError
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def show(description: Description, out: console.Console) -> None:
         out.line(f"  {name:<12}{value}")
     rows = [(name, "  ".join(e["inputs"]), "  ".join(e["outputs"])) for name, e in d.entries.items()]
     out.table(("entry", "takes", "returns"), rows)
-    memory = ("memory of", ">arena", ">at least", ">saved features", ">saved masks", ">results", ">a kernel's workspace")
+    memory = ("memory of", ">arena", ">lower bound", ">saved features", ">saved masks", ">results", ">workspace of a kernel")
     out.table(memory, [_memory_row(name, entry) for name, entry in d.memory.entries.items()])
     out.table(("layer", ">parameters", "shapes", "trained"), [_layer_row(layer) for layer in d.layers])
     costs = ("a step of layer", "kind", ">numbers trained", ">input kept", ">backward")
@@ -198,13 +198,20 @@ def _runs_here(manifest: Manifest) -> bool:
     return True
 
 
-def plot(folder: Path, against: Path | None, path: Path) -> None:
-    """Draw live bytes over a training step of the artifact in ``folder``, beside that of ``against``, into the picture ``path``."""
-    from tvmtrain import drawing
+def plot(folder: Path, path: Path, against: Path | None = None) -> None:
+    """Draw live bytes over the training step of the artifact in ``folder`` into ``path`` (.svg, .png, .pdf), after ``against``'s.
 
-    folders = [folder] if against is None else [against, folder]
-    panels = [drawing.Panel(str(place), artifact.read(place, foreign=True).manifest.memory) for place in folders]
-    drawing.draw(path, panels)
+    Raises ``MissingPackageError`` without matplotlib, ``InputError`` for another suffix, ``ArtifactError``, ``StorageError``.
+    """
+    if (suffix := path.suffix.lower().lstrip(".")) not in drawing.FORMATS:
+        raise InputError(f"{path}: got the suffix {path.suffix!r}, wanted .{', .'.join(drawing.FORMATS)}")
+    panels = [_panel(folder, "")] if against is None else [_panel(against, "before: "), _panel(folder, "after: ")]
+    artifact.write_file(path, drawing.picture(panels, suffix))
+
+
+def _panel(folder: Path, when: str) -> drawing.Panel:
+    memory = artifact.read(folder, foreign=True).manifest.memory
+    return drawing.Panel(when + folder.resolve().name, memory.entries["train_step"], memory.timeline)
 
 
 # Devices.

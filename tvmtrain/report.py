@@ -69,7 +69,7 @@ class Summary:
         if self.against is None:
             return [FIGURES[name], show(value)]
         before = getattr(self.against, name)
-        return [FIGURES[name], show(before), show(value), f"{value / before:.3f}" if before else ""]
+        return [FIGURES[name], show(before), show(value), _ratio(value / before) if before else ""]
 
     def _layer_rows(self) -> list[list[str]]:
         rows = [
@@ -89,6 +89,10 @@ FIGURES = {
     "parameters": "parameters",
     "optimizer_state": "optimizer state",
 }
+
+
+def _ratio(ratio: float) -> str:
+    return f"{ratio:.3f}" if ratio < 10 else f"{ratio:,.0f}"
 
 
 def _flops(count: int) -> str:

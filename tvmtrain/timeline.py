@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import tvm
 from tvm import relax
@@ -10,7 +10,6 @@ from tvm.ir import GlobalVar
 
 from tvmtrain import signature
 from tvmtrain.arena import Block
-from tvmtrain.artifact import STATE_ROLES
 from tvmtrain.costs import Timeline
 from tvmtrain.passes import plan_arena
 from tvmtrain.passes.plan_arena import Liveness
@@ -54,24 +53,26 @@ def _is_call(value: relax.Expr) -> bool:
     return isinstance(value, relax.Call) and isinstance(value.op, (GlobalVar, relax.ExternFunc))
 
 
-def _gradients(function: relax.Function, life: Liveness, calls: list[relax.Call]) -> set[relax.Var]:
-    """What the kernels that move a state tensor read and that is like that tensor: of its shape, or a share of its channels or taps."""
-    state = {var for (role, _), var in zip(signature.inputs(function), function.params, strict=True) if role in STATE_ROLES}
-    found = set()
-    for call in calls:
-        moved = _moved(call, state, life)
-        for arg in call.args if moved is not None else ():
-            found |= {var for var in life.behind.get(arg, ()) if _like(_shape(var), _shape(moved))}
+def _gradients(function: relax.Function, life: Liveness, calls: Sequence[relax.Call]) -> set[relax.Var]:
+    """What becomes a new value of a parameter or of its optimizer state, kernel by kernel, as long as it is like it."""
+    ports = zip(signature.inputs(function), function.params, strict=True)
+    state = {var for (role, _), var in ports if role in ("parameter", "optimizer")}
+    found: set[relax.Var] = set()
+    for call in reversed(calls):
+        written = _written(call, life)
+        if written in state or life.behind.get(written, set()) & found:
+            read = set().union(*(life.behind.get(arg, set()) for arg in call.args))
+            found |= {var for var in read if _like(_shape(var), _shape(written))}
     return found
 
 
-def _moved(call: relax.Call, state: set[relax.Var], life: Liveness) -> relax.Var | None:
-    """The state that a kernel writes: its last argument (``passes.update_in_place``), or the last before its workspace."""
+def _written(call: relax.Call, life: Liveness) -> relax.Expr:
+    """A kernel's last argument (``passes.update_in_place``), or the last before its workspace."""
     for arg in reversed(call.args):
         blocks = [life.blocks[var] for var in life.behind.get(arg, ())]
         if not blocks or any(block.first != block.last for block in blocks):
-            return arg if arg in state else None
-    return None
+            return arg
+    return call.args[-1]
 
 
 def _shape(var: relax.Var) -> list[int]:
