@@ -48,9 +48,9 @@ class EntryMemory:
 class Timeline:
     """Bytes that are alive while each kernel of a training step runs, by kind; kernel number ``loss`` makes the loss.
 
-    In the arena: ``features`` and ``masks`` are made before the loss and read after it; ``gradients`` are those of weights, until
-    the weights have moved; ``workspace`` is touched by one kernel alone; ``temporary`` is all else. Outside of it: what a kernel
-    allocates for itself (``allocated``, as ``EntryMemory.workspace``), and ``results``.
+    In the arena: ``features`` and ``masks`` are made before the loss and read after it; ``gradients`` are those of parameters, and
+    what else becomes their new values; ``workspace`` is touched by one kernel alone; ``temporary`` is all else. Outside of it: what
+    a kernel allocates for itself (``allocated``, as ``EntryMemory.workspace``), and ``results``.
     """
 
     loss: int

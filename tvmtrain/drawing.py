@@ -15,7 +15,7 @@ FORMATS = ("svg", "png", "pdf")
 KINDS = {
     "features": ("saved features", "#0072b2"),
     "masks": ("saved masks", "#56b4e9"),
-    "gradients": ("gradients of weights", "#d55e00"),
+    "gradients": ("gradients and updates of weights", "#d55e00"),
     "temporary": ("activations and temporary values", "#e69f00"),
     "workspace": ("workspace in the arena", "#009e73"),
     "results": ("results", "#cc79a7"),

@@ -29,7 +29,9 @@ def summarize(graph: TrainGraph, device: str | Device) -> report.Summary:
     adjoint = module["gradients"]
     entries = graph.entries(module)
     forward, backward = report.flops(adjoint)
-    alone = tvm.IRModule({"train_step": module["train_step"]})
+    # With the kernels that it calls by name, as those of random numbers.
+    functions = {var: function for var, function in module.functions_items() if not isinstance(function, tvm.relax.Function)}
+    alone = tvm.IRModule({**functions, module.get_global_var("train_step"): module["train_step"]})
     attrs = lowering.plan(lowering.lower(alone, device))["train_step"].attrs
     features, masks, arena, bound, workspace = (int(attrs[name]) for name in PLANNED)
     state = graph.state_bytes(entries)

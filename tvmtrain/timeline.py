@@ -55,14 +55,16 @@ def _is_call(value: relax.Expr) -> bool:
 
 def _gradients(function: relax.Function, life: Liveness, calls: Sequence[relax.Call]) -> set[relax.Var]:
     """What becomes a new value of a parameter or of its optimizer state, kernel by kernel, as long as it is like it."""
-    ports = zip(signature.inputs(function), function.params, strict=True)
+    ports = list(zip(signature.inputs(function), function.params, strict=True))
     state = {var for (role, _), var in ports if role in ("parameter", "optimizer")}
+    channels = {var for (role, _), var in ports if role == "channels"}
     found: set[relax.Var] = set()
     for call in reversed(calls):
         written = _written(call, life)
         if written in state or life.behind.get(written, set()) & found:
             read = set().union(*(life.behind.get(arg, set()) for arg in call.args))
-            found |= {var for var in read if _like(_shape(var), _shape(written))}
+            shared = written in state and any(arg in channels for arg in call.args)
+            found |= {var for var in read if _like(_shape(var), _shape(written), shared)}
     return found
 
 
@@ -79,13 +81,16 @@ def _shape(var: relax.Var) -> list[int]:
     return [int(d) for d in var.ty.shape]
 
 
-def _like(gradient: list[int], moved: list[int]) -> bool:
-    """Whether they are of one shape but for axes of length 1 and a transposition, or a share of the second axis and one tap of all."""
-    if sorted(_long(gradient)) == sorted(_long(moved)):
+def _like(value: list[int], state: list[int], shared: bool) -> bool:
+    """Whether a value has the shape of what it moves: but for axes of length 1 and their order, for taps, or for channels."""
+    if sorted(_long(value)) == sorted(_long(state)):
         return True
-    if len(gradient) != len(moved) or len(moved) < 2 or gradient[0] != moved[0] or gradient[1] > moved[1]:
+    if len(value) != len(state) or len(state) < 2:
         return False
-    return gradient[2:] == moved[2:] or set(gradient[2:]) <= {1}
+    same_channels = value[:2] == state[:2] or (
+        shared and all(own <= whole for own, whole in zip(value[:2], state[:2], strict=True))
+    )
+    return same_channels and (value[2:] == state[2:] or set(value[2:]) == {1})
 
 
 def _long(shape: list[int]) -> Iterator[int]:
