@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -187,8 +186,3 @@ def test_without_matplotlib_there_is_a_message(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingPackageError, match=r"matplotlib: pip install 'tvmtrain\[plot\]'"):
         drawing.picture([panel()], "svg")
-
-
-def test_a_timeline_is_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        panel().timeline.loss = 0
