@@ -23,6 +23,9 @@ from tvmtrain.passes.share_workspace import per_core
 from tvmtrain.passes.sizes import size_of
 
 ALLOC = "relax.builtin.alloc_tensor"
+# The same in a planned function: (storage, offset, shape, dtype), and its pointer moved to the offset.
+PLACED = "relax.memory.alloc_tensor"
+MOVED = "relax.memory.ensure_zero_offset"
 
 # Attributes of a planned function, in bytes.
 ARENA = "tvmtrain.arena"
@@ -68,7 +71,7 @@ def _planned(function: relax.Function, workspace: dict[str, int]) -> relax.Funct
 
 
 def _kernels(function: relax.Function) -> Iterator[GlobalVar]:
-    for binding in _bindings(function):
+    for binding in bindings(function):
         if is_kernel(binding.value):
             yield binding.value.op
 
@@ -76,16 +79,25 @@ def _kernels(function: relax.Function) -> Iterator[GlobalVar]:
 def _saved(function: relax.Function, life: Liveness) -> dict[str, int]:
     """What is alive when the loss is made, and needed after it."""
     total = {SAVED_FEATURES: 0, SAVED_MASKS: 0}
+    step = loss_step(function, life)
+    for var, block in life.blocks.items():
+        if step is not None and var not in life.escaping and block.first < step < block.last:
+            total[SAVED_MASKS if is_mask(var) else SAVED_FEATURES] += block.size
+    return total
+
+
+def loss_step(function: relax.Function, life: Liveness) -> int | None:
+    """The binding that makes the loss; None where a function has none."""
     ports = signature.outputs(function) if signature.has_ports(function) else []
     loss = next((i for i, (role, _) in enumerate(ports) if role == "loss"), None)
     if loss is None:
-        return total
+        return None
     (made,) = life.behind[function.body.body.fields[loss]]
-    step = life.blocks[made].first
-    for var, block in life.blocks.items():
-        if var not in life.escaping and block.first < step < block.last:
-            total[SAVED_MASKS if str(var.ty.dtype) in ("bool", "uint8") else SAVED_FEATURES] += block.size
-    return total
+    return life.blocks[made].first
+
+
+def is_mask(var: relax.Var) -> bool:
+    return str(var.ty.dtype) in ("bool", "uint8")
 
 
 @dataclass
@@ -101,17 +113,17 @@ class Liveness:
 
 
 def liveness(function: relax.Function) -> Liveness:
-    """Of every tensor that a function of plain bindings allocates; steps are numbers of bindings."""
+    """Of every tensor that a function of plain bindings allocates, planned or not; steps are numbers of bindings."""
     sizes: dict[relax.Var, int] = {}
     touched: dict[relax.Var, list[int]] = {}
     behind: dict[relax.Var, set[relax.Var]] = {}
-    for step, binding in enumerate(_bindings(function)):
+    for step, binding in enumerate(bindings(function)):
         if allocates(binding.value):
             behind[binding.var] = {binding.var}
             sizes[binding.var] = nbytes(binding.value)
             continue
         used = _behind(binding.value, behind)
-        for var in used:
+        for var in used if not _calls(binding.value, MOVED) else ():
             touched.setdefault(var, []).append(step)
         behind[binding.var] = set() if is_kernel(binding.value) else used
     blocks = {var: arena.Block(sizes[var], steps[0], steps[-1]) for var, steps in touched.items()}
@@ -122,13 +134,17 @@ def _behind(value: relax.Expr, behind: dict[relax.Var, set[relax.Var]]) -> set[r
     return set().union(*(behind.get(var, set()) for var in relax.analysis.free_vars(value)))
 
 
-def _bindings(function: relax.Function) -> Iterator[relax.VarBinding]:
+def bindings(function: relax.Function) -> Iterator[relax.VarBinding]:
     for block in function.body.blocks:
         yield from block.bindings
 
 
 def allocates(value: relax.Expr) -> bool:
-    return isinstance(value, relax.Call) and value.op == Op.get(ALLOC)
+    return _calls(value, ALLOC) or _calls(value, PLACED)
+
+
+def _calls(value: relax.Expr, name: str) -> bool:
+    return isinstance(value, relax.Call) and value.op == Op.get(name)
 
 
 def is_kernel(value: relax.Expr) -> bool:
@@ -137,7 +153,8 @@ def is_kernel(value: relax.Expr) -> bool:
 
 
 def nbytes(alloc: relax.Call) -> int:
-    return size_of([int(d) for d in alloc.args[0].values], str(alloc.args[1].value))
+    shape, dtype = alloc.args[2:4] if _calls(alloc, PLACED) else alloc.args[:2]
+    return size_of([int(d) for d in shape.values], str(dtype.value))
 
 
 def _rewritten(function: relax.Function, offsets: dict[relax.Var, int], size: int) -> relax.SeqExpr:

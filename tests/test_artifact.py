@@ -71,6 +71,10 @@ def edit(folder: Path, change, *, sign: bool = True) -> None:
     path.write_text(json.dumps(content))
 
 
+def step_memory(content) -> dict:
+    return content["memory"]["entries"]["train_step"]
+
+
 # Round trips.
 
 
@@ -147,12 +151,18 @@ def test_what_is_no_artifact_is_refused(tmp_path, place):
 
 def test_a_manifest_of_the_future_is_refused_with_its_version(folder):
     def change(content):
-        content["format"] = 2
+        content["format"] = 3
         content["versions"] = {"tvmtrain": "9.1"}
         content["new"] = []
 
     edit(folder, change, sign=False)
-    with pytest.raises(ArtifactError, match=r"format 2, written by tvmtrain 9\.1, and this tvmtrain reads format 1"):
+    with pytest.raises(ArtifactError, match=r"format 3, written by tvmtrain 9\.1, and this tvmtrain reads format 2"):
+        artifact.read(folder)
+
+
+def test_a_manifest_from_before_memory_was_typed_is_refused_with_its_version(folder):
+    edit(folder, lambda content: content.update(format=1, memory={"parameter": 84, "train_step arena": 0}))
+    with pytest.raises(ArtifactError, match=r"format 1, written by tvmtrain 0\.1\.0, .* build the artifact again"):
         artifact.read(folder)
 
 
@@ -192,6 +202,25 @@ def test_another_processor_is_refused_but_can_be_looked_at(tmp_path):
         (lambda c: c["unread"].pop(), "fc.scale is unexpected"),
         (lambda c: c["unread"].append({"role": "buffer", "name": "b", "shape": [1], "dtype": "int8"}), "b is missing"),
         (lambda c: c["unread"][0].update(shape=[3]), r"fc.scale is float32\[2\], want float32\[3\]"),
+        (lambda c: c.pop("memory"), "lacks 'memory'"),
+        (lambda c: c.update(memory={"train_step arena": 0}), "memory lacks 'entries'"),
+        (lambda c: c["memory"]["entries"].pop("predict"), "memory is that of train_step, loss, gradients; entries are"),
+        (lambda c: c["memory"]["entries"].pop("train_step"), "want train_step"),
+        (lambda c: step_memory(c).pop("results"), "train_step lacks 'results'"),
+        (lambda c: step_memory(c).update(arena="128"), "'arena' is str; want int"),
+        (lambda c: step_memory(c).update(results=-1), "results below 0"),
+        (lambda c: step_memory(c).update(arena=119), "want saved bytes <= lower_bound <= arena"),
+        (lambda c: step_memory(c).update(saved_masks=121), "want saved bytes <= lower_bound <= arena"),
+        (lambda c: step_memory(c).update(lower_bound=128), "timeline: peak"),
+        (lambda c: step_memory(c).update(saved_masks=47), "timeline: peak"),
+        (lambda c: step_memory(c).update(workspace=9), "timeline: peak"),
+        (lambda c: c["memory"]["timeline"].pop("masks"), "timeline lacks 'masks'"),
+        (lambda c: c["memory"]["timeline"].update(masks=[48]), "want one number"),
+        (lambda c: c["memory"]["timeline"].update(loss=2), "loss in 2"),
+        (lambda c: c["memory"]["timeline"].update(results=[-1, 0]), "results below 0 bytes"),
+        (lambda c: c["memory"]["timeline"].update(results=[0.5, 0]), "want int only"),
+        (lambda c: c["costs"][0].update(kept=-1), "costs of layer 'fc': kept below 0"),
+        (lambda c: c["costs"][0].pop("flops"), "lacks 'flops'"),
         (lambda c: c["files"].update({"../x": {"size": 1, "sha256": ""}}), r"files are \['../x'"),
     ],
 )
@@ -427,6 +456,7 @@ from pathlib import Path
 sys.path[:0] = {paths!r}
 from tvmtrain import artifact
 from tvmtrain.artifact import *
+from tvmtrain.costs import *
 
 where, trials, seed = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 SPEC = TensorSpec("parameter", "w", (50_000,), "float32")
@@ -441,11 +471,15 @@ class Code:
     def __init__(self, version): self.version = version
     def export_library(self, name): Path(name).write_bytes(b"%d" % self.version * 1000)
 
+FIGURES, NONE = EntryMemory(0, 0, 0, 0, 0, 0), (0,)
+LINE = Timeline(0, NONE, NONE, NONE, NONE, NONE, NONE, NONE)
+MEMORY = Memory({{entry.name: FIGURES for entry in ENTRIES}}, LINE)
+
 def values(version): return {{"w": np.full(50_000, version, "float32")}}
 
 def save_artifact(version):
     device = {{"name": "host", "arch": artifact.machine()}}
-    manifest = Manifest(ENTRIES, {{}}, ("w",), LossSpec("mse"), {{}}, str(version), device, {{}}, float(version), 1, {{}})
+    manifest = Manifest(ENTRIES, {{}}, ("w",), LossSpec("mse"), {{}}, str(version), device, {{}}, float(version), 1, MEMORY, ())
     Artifact(manifest, values(version), Code(version)).save(where)
 
 def read_artifact():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
@@ -420,6 +421,69 @@ def test_inspect_shows_an_artifact(at, capsys):
     assert result["optimizer"]["momentum"] == 0.9
     assert {"lib.so", "manifest.json", "parameters.safetensors"} <= set(result["files"])
     assert "243, 243 trained" in messages
+
+
+@pytest.fixture(scope="session")
+def head(folder) -> Path:
+    """The same step, but for a plan that trains the linear layer alone."""
+    (folder / "head.toml").write_text('[layers."5"]\nweight = 1.0\n')
+    words = ("--plan", f"{folder}/head.toml", "--lr", "0.05", "--momentum", "0.9", "--seed", "3")
+    assert cli.main(["compile", f"{folder}/network.py:with_example", "-o", f"{folder}/head", *words]) == 0
+    return folder / "head"
+
+
+def test_inspect_tells_what_each_layer_trains_keeps_and_spends(at, head, capsys):
+    _, result, messages = outcome(capsys, "inspect", "out")
+    costs = {cost["name"]: cost for cost in result["costs"]}
+    assert {name: cost["trained"] for name, cost in costs.items()} == {"0": 40, "1": 8, "5": 195}
+    # The linear layer keeps its input, 4 rows of 64 numbers; the first layer's is the caller's.
+    assert (costs["5"]["kept"], costs["0"]["kept"]) == (4 * 64 * 4, 0)
+    step = result["memory"]["entries"]["train_step"]
+    assert max(map(sum, zip(*(result["memory"]["timeline"][k] for k in ARENA_KINDS), strict=True))) == step["lower_bound"]
+    assert result["state"]["parameter"] == 243 * 4 == result["state"]["optimizer"]
+    assert re.search(r"^5 +linear +195 +1.0 KiB +0.00 MFLOP$", messages, re.MULTILINE)
+    _, other, messages = outcome(capsys, "inspect", "head")
+    assert {cost["name"]: cost["trained"] for cost in other["costs"] if cost["trained"]} == {"5": 195}
+    assert other["memory"]["entries"]["train_step"]["arena"] < step["arena"]
+    assert re.search(r"^all +195 +1.0 KiB", messages, re.MULTILINE)
+
+
+ARENA_KINDS = ("features", "masks", "gradients", "temporary", "workspace")
+
+
+def test_inspect_draws_memory(at, head, capsys, tmp_path):
+    picture = tmp_path / "memory.svg"
+    code, result, messages = outcome(capsys, "inspect", "head", "--plot", picture, "--against", "out")
+    assert code == 0
+    assert f"live bytes over a training step: {picture}" in messages
+    words = {"".join(e.itertext()).strip() for e in ElementTree.parse(picture).iter("{http://www.w3.org/2000/svg}text")}
+    peak = result["memory"]["entries"]["train_step"]["lower_bound"] / 1024
+    assert {"before: out", "after: head", "forward", "saved features"} <= words
+    assert any(text.startswith(f"train_step: peak {peak:,.0f} KB in the arena") for text in words)
+    outcome(capsys, "inspect", "head", "--plot", tmp_path / "memory.PNG")
+    assert (tmp_path / "memory.PNG").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plots_that_cannot_be_drawn(at, capsys, tmp_path, monkeypatch):
+    assert "--against: needs --plot FILE" in misused(capsys, "inspect", "out", "--against", "out")
+    assert "got the suffix '.jpg', wanted .svg, .png, .pdf" in refused(capsys, "inspect", "out", "--plot", tmp_path / "m.jpg")
+    assert "make its folder first" in refused(capsys, "inspect", "out", "--plot", tmp_path / "no" / "m.svg")
+    assert "the file is missing" in refused(capsys, "inspect", "out", "--plot", tmp_path / "m.svg", "--against", "nowhere")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install 'tvmtrain[plot]'" in refused(capsys, "inspect", "out", "--plot", tmp_path / "m.svg")
+    assert not list(tmp_path.iterdir())
+
+
+def test_compile_tells_what_a_step_costs(at, head, capsys, tmp_path):
+    words = ("compile", "network:with_example", "--plan", "head.toml", "--summary", "-o", tmp_path / "out")
+    code, result, messages = outcome(capsys, *words)
+    assert code == 0
+    before, after = result["summary"]["against"], result["summary"]
+    assert (sum(c["trained"] for c in before["layers"]), sum(c["trained"] for c in after["layers"])) == (243, 195)
+    assert result["memory"]["arena"] == after["arena"] < before["arena"]
+    assert result["backward_flops"] == sum(c["flops"] for c in after["layers"])
+    assert re.search(r"before +after +ratio", messages)
+    assert f"tvmtrain inspect {tmp_path}/out --plot memory.svg" in messages
 
 
 def test_inspect_an_artifact_of_another_machine(at, capsys, tmp_path):

@@ -14,7 +14,8 @@ PACKAGE = ROOT / "tvmtrain"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "spec": {"errors"},
-    "artifact": {"errors", "runtime"},  # the runtime only when an artifact in memory is loaded
+    "costs": {"errors"},
+    "artifact": {"costs", "errors", "runtime"},  # the runtime only when an artifact in memory is loaded
     "targets": {"errors"},
     "selection": {"artifact", "errors"},
     "runtime": {"artifact", "errors", "selection"},
@@ -32,10 +33,12 @@ ALLOWED: dict[str, set[str]] = {
     "filtering": {"operators"},
     "autodiff": {"filtering", "operators", "signature"},
     "passes": {"arena", "artifact", "autodiff", "errors", "filtering", "operators", "signature", "spec"},
-    "report": {"operators", "passes", "signature"},
+    "report": {"costs", "operators", "passes", "signature"},
+    "timeline": {"arena", "costs", "passes", "signature"},
+    "drawing": {"costs", "errors"},
     "lowering": {"filtering", "kernels", "passes", "pool_kernels", "schedules", "targets"},
     "fitting": {"errors", "lowering", "passes", "targets"},
-    "summarize": {"artifact", "lowering", "passes", "report", "targets"},
+    "summarize": {"artifact", "costs", "lowering", "passes", "report", "signature", "targets"},
     "graph": {
         *("artifact", "autodiff", "converters", "errors", "fitting", "importer", "passes", "report", "signature", "spec"),
         *("summarize", "targets"),
@@ -43,7 +46,9 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": {"operators"},
     "pool_kernels": {"kernels"},
     "schedules": {"targets"},
-    "builder": {"artifact", "graph", "lowering", "passes", "runtime", "spec", "targets"},
+    "builder": {
+        *("artifact", "costs", "graph", "lowering", "passes", "runtime", "spec", "summarize", "targets", "timeline"),
+    },
 }
 # These join the rooms above for a person; they may use everything.
 FRONT = {"cli", "jobs", "describe", "verify", "quickstart", "__init__", "__main__"}

@@ -218,7 +218,7 @@ def allocations() -> Iterator[list[int]]:
 
 def figure(entry: str, name: str) -> int:
     """Bytes, as the artifact tells them."""
-    return built().manifest.memory[f"{entry} {name}"]
+    return getattr(built().manifest.memory.entries[entry], name)
 
 
 @pytest.mark.parametrize("name", ["train_step", "predict"])
@@ -304,7 +304,8 @@ def test_the_same_bits_as_without_these_passes(name, monkeypatch):
     monkeypatch.setattr(lowering, "UpdateInPlace", lambda: Sequential([]))
     monkeypatch.setattr(lowering, "OrderForMemory", lambda: Sequential([]))
     monkeypatch.setattr(lowering, "PlanArena", relax.transform.StaticPlanBlockMemory)
-    monkeypatch.setattr(builder, "_planned_bytes", lambda *_: {})
+    figures = new.manifest.memory
+    monkeypatch.setattr(builder, "_memory", lambda *_: figures)
     monkeypatch.setattr(passes, "GuardState", lambda: Sequential([]))
     old = tt.build(graph).load()
     for _ in range(3):
@@ -363,11 +364,11 @@ def test_masks_are_kept_instead_of_activations(monkeypatch):
     new = tt.build(graph)
     monkeypatch.setattr(passes, "HoistSaved", lambda: Sequential([]))
     old = tt.build(graph)
-    wanted, got = ({key.split()[1]: n for key, n in made.manifest.memory.items() if "train_step" in key} for made in (old, new))
+    wanted, got = (made.manifest.memory.entries["train_step"] for made in (old, new))
     # The rest is the loss's own. A mask has a byte where an activation has four.
-    assert got["saved_features"] < 1000
-    assert got["saved_masks"] * 4 <= wanted["saved_features"]
-    assert got["arena"] < 0.6 * wanted["arena"]
+    assert got.saved_features < 1000
+    assert got.saved_masks * 4 <= wanted.saved_features
+    assert got.arena < 0.6 * wanted.arena
     first, second = new.load(), old.load()
     for _ in range(3):
         assert first(*batch()) == second(*batch())
@@ -414,10 +415,10 @@ def test_a_padded_copy_lies_in_the_arena(monkeypatch):
     monkeypatch.setattr(lowering, "ShareWorkspace", lambda: Sequential([]))
     old = tt.build(graph)
     copy = 3 * 65 * 2 * 33 * 4
-    taken, alone = (made.manifest.memory["predict workspace"] for made in (new, old))
-    assert (taken, alone) == (0, copy)
-    assert new.manifest.memory["predict arena"] >= old.manifest.memory["predict arena"]
-    assert new.manifest.memory["predict lower_bound"] >= copy + 16 * 32 * 32 * 4
+    taken, alone = (made.manifest.memory.entries["predict"] for made in (new, old))
+    assert (taken.workspace, alone.workspace) == (0, copy)
+    assert taken.lower_bound >= copy + 16 * 32 * 32 * 4
+    assert taken.arena >= alone.arena
     np.testing.assert_array_equal(new.load().predict(x), old.load().predict(x))
 
 

@@ -108,9 +108,17 @@ def test_a_full_plan_is_the_dense_step() -> None:
     assert full.summary(device=quick_device()) == dense.summary(device=quick_device())
 
 
+def test_a_step_with_random_numbers_has_a_summary() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.5), nn.Linear(5, 4)).train()
+    summary = tt.trace(model, torch.randn(2, 6), torch.tensor([0, 3])).summary(device=quick_device())
+    assert [layer.trained for layer in summary.layers] == [35, 24]
+
+
 def test_shares_and_patches_shrink_what_is_kept() -> None:
     dense = tt.trace(*small())
     half = dense.apply(UpdatePlan({"2": tt.LayerUpdate(0.5), "4": tt.LayerUpdate(0.25)})).summary(device=quick_device())
     assert {layer.name: layer.kept for layer in half.layers if layer.kept} == {"2": 2 * 4 * 64 * 4, "4": 2 * 2 * 64 * 4}
+    # A share of a layer is trained; all of it is there.
+    assert half.parameters == sum(value.nbytes for value in dense.imported.state.values())
     patches = dense.apply(UpdatePlan({"4": tt.LayerUpdate(filter=4)})).summary(device=quick_device())
     assert {layer.name: layer.kept for layer in patches.layers if layer.kept} == {"4": 2 * 8 * 4 * 4}

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import toy
 import tvm
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -640,15 +639,12 @@ def test_fixed_channels_may_be_named_and_others_where_there_is_no_state(step: tt
 # The manifest, and the command line.
 
 
-def test_a_manifest_keeps_its_selections_and_older_ones_have_none() -> None:
+def test_a_manifest_keeps_its_selections() -> None:
     manifest = made().manifest
     assert {s.layer: (s.channels, s.count, s.select) for s in manifest.selections} == {
         layer: (*COUNTS[layer], how) for layer, how in SELECTS.items()
     }
     assert Manifest.from_dict(json.loads(json.dumps(manifest.to_dict()))) == manifest
-    older = json.loads(json.dumps(toy.manifest().to_dict()))
-    del older["selections"]
-    assert Manifest.from_dict(older) == toy.manifest()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from tvm.relax import op
 from tvm.runtime import Executable
 
 from tvmtrain.artifact import Artifact, Entry, LossSpec, Manifest, TensorSpec
+from tvmtrain.costs import EntryMemory, LayerCost, Memory, Timeline
 
 BATCH, FEATURES, CLASSES = 4, 6, 3
 MOMENTUM = 0.9
@@ -50,9 +51,17 @@ def manifest(loss: str = "cross_entropy") -> Manifest:
         versions={"tvmtrain": "0.1.0", "tvm": tvm.__version__},
         lr=0.1,
         batch=BATCH,
-        memory={"arena": 0},
+        memory=memory(entries(_target(loss))),
+        costs=(LayerCost("fc", "linear", 21, 96, 264),),
         unread=(UNREAD,),
     )
+
+
+def memory(entries: tuple[Entry, ...]) -> Memory:
+    """Of an arena that two kernels use: 48 bytes of a saved mask and 16 beside it, then the mask and a gradient."""
+    line = Timeline(0, (0, 0), (48, 48), (0, 72), (16, 0), (0, 0), (0, 8), (4, 52))
+    figures = EntryMemory(arena=128, lower_bound=120, results=52, workspace=8, saved_features=0, saved_masks=48)
+    return Memory({entry.name: figures for entry in entries}, line)
 
 
 def state(seed: int = 0) -> dict[str, np.ndarray]:

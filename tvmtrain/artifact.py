@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,12 +25,14 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors import numpy as tensor_file
 
+from tvmtrain.costs import EntryMemory, LayerCost, Memory, Timeline
 from tvmtrain.errors import ArtifactError, CheckpointError, DeviceError, StorageError
 
 if TYPE_CHECKING:
     from tvmtrain.runtime import TrainStep
 
-FORMAT = 1
+FORMAT = 2
+CHECKPOINT_FORMAT = 1
 MANIFEST = "manifest.json"
 LIBRARY = "lib.so"
 PARAMETERS = "parameters.safetensors"
@@ -105,9 +107,9 @@ class Manifest:
 
     ``aliases`` maps tied names to the one name under which their state is kept; ``trained`` names the parameters that a step
     changes; ``lr`` is the rate when a call gives none; ``batch`` is the number of samples of a training step; ``unread`` is
-    state that no entry takes and ``state_dict`` still owes; ``selections`` are the layers of which a step trains a share (none in
-    manifests from before there were any). ``device`` is what the code was compiled for (``arch`` is checked),
-    ``plan`` the update plan as TOML.
+    state that no entry takes and ``state_dict`` still owes; ``selections`` are the layers of which a step trains a share.
+    ``device`` is what the code was compiled for (``arch`` is checked), ``plan`` the update plan as TOML. ``memory`` and ``costs``
+    (by layer, in the order in which the model uses them) are what was known when the step was compiled.
     """
 
     entries: tuple[Entry, ...]
@@ -120,7 +122,8 @@ class Manifest:
     versions: Mapping[str, str]
     lr: float
     batch: int
-    memory: Mapping[str, Any]
+    memory: Memory
+    costs: tuple[LayerCost, ...]
     unread: tuple[TensorSpec, ...] = ()
     selections: tuple[Selection, ...] = ()
 
@@ -129,6 +132,7 @@ class Manifest:
         _check_entries(self)
         _check_settings(self)
         _check_selections(self)
+        _check_memory(self)
 
     @cached_property
     def named(self) -> Mapping[str, Entry]:
@@ -140,6 +144,14 @@ class Manifest:
         """Everything that a later step needs, by name: parameters, buffers, optimizer and random state."""
         inputs = (spec for entry in self.entries for spec in entry.inputs)
         return {spec.name: spec for spec in (*inputs, *self.unread) if spec.role in STATE_ROLES}
+
+    @cached_property
+    def state_bytes(self) -> Mapping[str, int]:
+        """Bytes of the state by role: they live as long as the step does."""
+        total: dict[str, int] = {}
+        for spec in self.state.values():
+            total[spec.role] = total.get(spec.role, 0) + math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
+        return total
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; ``Manifest.from_dict`` reads them back."""
@@ -160,9 +172,10 @@ class Manifest:
             versions=fields.strings("versions"),
             lr=fields.number("lr"),
             batch=fields.get("batch", int),
-            memory=fields.get("memory", dict),
+            memory=_memory(fields.inner("memory")),
+            costs=tuple(_cost(item) for item in fields.items("costs")),
             unread=tuple(_spec(item) for item in fields.items("unread")),
-            selections=tuple(_selection(item) for item in fields.items("selections")) if "selections" in fields.data else (),
+            selections=tuple(_selection(item) for item in fields.items("selections")),
         )
 
 
@@ -272,7 +285,7 @@ def without_scope_log() -> Iterator[None]:
 
 def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, np.ndarray], steps: int, version: str) -> None:
     """Write all ``state`` after ``steps`` steps to one file, atomically. Raises ``StorageError``; an old file is intact."""
-    facts = {"kind": "checkpoint", "format": str(FORMAT), "tvmtrain": version, "steps": str(steps)}
+    facts = {"kind": "checkpoint", "format": str(CHECKPOINT_FORMAT), "tvmtrain": version, "steps": str(steps)}
     facts["digest"] = _digest(facts, state)
     write_file(Path(path), _tensor_bytes(state, facts))
 
@@ -502,6 +515,9 @@ class _Fields:
     def items(self, key: str) -> list[_Fields]:
         return [_Fields(item, f"{self.where}: {key}[{i}]") for i, item in enumerate(self.get(key, list))]
 
+    def inner(self, key: str) -> _Fields:
+        return _Fields(self.get(key, dict), f"{self.where}: {key}")
+
     def names(self, key: str, kind: type = str) -> list[Any]:
         values = self.get(key, list)
         if any(type(value) is not kind for value in values):
@@ -528,6 +544,24 @@ def _spec(fields: _Fields) -> TensorSpec:
 def _loss(data: dict[str, Any]) -> LossSpec:
     fields = _Fields(data, "manifest: loss")
     return LossSpec(fields.get("name", str), fields.optional("classes", int), fields.optional("ignore_index", int))
+
+
+def _memory(data: _Fields) -> Memory:
+    entries = data.inner("entries")
+    kinds, line = [field.name for field in fields(Timeline) if field.name != "loss"], data.inner("timeline")
+    return Memory(
+        entries={name: _entry_memory(entries.inner(name)) for name in entries.data},
+        timeline=Timeline(loss=line.get("loss", int), **{kind: tuple(line.names(kind, int)) for kind in kinds}),
+    )
+
+
+def _entry_memory(data: _Fields) -> EntryMemory:
+    return EntryMemory(**{field.name: data.get(field.name, int) for field in fields(EntryMemory)})
+
+
+def _cost(data: _Fields) -> LayerCost:
+    name, kind = (data.get(key, str) for key in ("name", "kind"))
+    return LayerCost(name, kind, *(data.get(key, int) for key in ("trained", "kept", "flops")))
 
 
 def _selection(fields: _Fields) -> Selection:
@@ -616,6 +650,12 @@ def _check_selections(manifest: Manifest) -> None:
             raise ArtifactError(f"entry {entry.name!r} takes channels of {', '.join(wrong)} that no selection gives")
 
 
+def _check_memory(manifest: Manifest) -> None:
+    """Memory is told of each entry."""
+    if set(manifest.memory.entries) != set(manifest.named):
+        raise ArtifactError(f"memory is that of {', '.join(manifest.memory.entries)}; entries are {', '.join(manifest.named)}")
+
+
 # Tensors.
 
 
@@ -653,8 +693,8 @@ def _check_facts(facts: dict[str, str], state: Mapping[str, np.ndarray], where: 
     """The number of steps that the metadata tells, once it is known to be sound."""
     if facts.get("kind") != "checkpoint":
         raise CheckpointError(f"{where}: not written by TrainStep.save; weights alone are taken by load_state_dict")
-    if facts.get("format") != str(FORMAT):
-        raise CheckpointError(f"{where}: format {facts.get('format')}, and this tvmtrain reads format {FORMAT}")
+    if facts.get("format") != str(CHECKPOINT_FORMAT):
+        raise CheckpointError(f"{where}: format {facts.get('format')}, and this tvmtrain reads format {CHECKPOINT_FORMAT}")
     if facts.get("digest") != _digest({k: v for k, v in facts.items() if k != "digest"}, state):
         raise CheckpointError(f"{where}: its digest does not fit its content: the file is damaged")
     return int(facts["steps"])

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 
 import numpy as np
 import tvm
 
-from tvmtrain import lowering, runtime, targets
+from tvmtrain import lowering, runtime, summarize, targets
 from tvmtrain.artifact import Artifact, Entry, Manifest, TensorSpec
+from tvmtrain.costs import EntryMemory, LayerCost, Memory
 from tvmtrain.graph import TrainGraph
 from tvmtrain.passes.plan_arena import FIGURES
 from tvmtrain.spec import optimizer_to_dict
 from tvmtrain.targets import Device
+from tvmtrain.timeline import timeline
 
 
 def build(graph: TrainGraph, device: str | Device = "host", *, gradients: bool = False) -> Artifact:
@@ -26,15 +28,25 @@ def build(graph: TrainGraph, device: str | Device = "host", *, gradients: bool =
     if device.arch == platform.machine():
         # The compiler evaluates constants on the pool that this thread will train with, and a pool cannot grow.
         runtime.use_threads(runtime.default_threads())
-    module = graph.module(gradients=gradients)
+    # Layers' costs are read from the gradients, compiled or not.
+    module = graph.module(gradients=True)
+    costs = summarize.layer_costs(graph, module)
+    if not gradients:
+        del module[module.get_global_var("gradients")]
     entries = graph.entries(module)
     state = graph.state(entries)
     planned = lowering.plan(lowering.lower(module, device))
-    return Artifact(_manifest(graph, device, entries, state, planned), state, lowering.generate(planned, device))
+    memory = _memory(planned, entries)
+    return Artifact(_manifest(graph, device, entries, state, memory, costs), state, lowering.generate(planned, device))
 
 
 def _manifest(
-    graph: TrainGraph, device: Device, entries: Sequence[Entry], state: Mapping[str, np.ndarray], planned: tvm.IRModule
+    graph: TrainGraph,
+    device: Device,
+    entries: Sequence[Entry],
+    state: Mapping[str, np.ndarray],
+    memory: Memory,
+    costs: tuple[LayerCost, ...],
 ) -> Manifest:
     read = {tensor.name for entry in entries for tensor in entry.inputs}
     parameters = set(graph.parameters)
@@ -54,7 +66,8 @@ def _manifest(
         versions=_versions(),
         lr=graph.optimizer.lr,
         batch=graph.imported.batch,
-        memory=graph.state_bytes(entries) | _planned_bytes(planned, entries),
+        memory=memory,
+        costs=costs,
         unread=tuple(unread),
         selections=graph.selections,
     )
@@ -65,10 +78,10 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: metadata.version(package) for name, package in packages.items()}
 
 
-def _planned_bytes(planned: tvm.IRModule, entries: Sequence[Entry]) -> dict[str, int]:
-    """Bytes that each entry needs while it runs: "train_step arena", and so on (``passes.plan_arena``)."""
-    return {
-        f"{entry.name} {figure.removeprefix('tvmtrain.')}": int(planned[entry.name].attrs[figure])
-        for entry in entries
-        for figure in FIGURES
-    }
+def _memory(planned: tvm.IRModule, entries: Iterable[Entry]) -> Memory:
+    """What the planned functions say (``passes.plan_arena``)."""
+    return Memory({entry.name: _figures(planned[entry.name]) for entry in entries}, timeline(planned))
+
+
+def _figures(function: tvm.relax.Function) -> EntryMemory:
+    return EntryMemory(**{figure.removeprefix("tvmtrain."): int(function.attrs[figure]) for figure in FIGURES})

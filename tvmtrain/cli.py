@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tvmtrain.console import Console, number, percent
+from tvmtrain.console import Console, flops, number, percent, size
 from tvmtrain.errors import InputError, TvmtrainError
 from tvmtrain.spec import OPTIMIZERS, Optimizer
 
@@ -122,6 +122,7 @@ def _add_compile(commands: Any) -> None:
     _add_job(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the artifact")
     parser.add_argument("--gradients", action="store_true", help="also compile an entry that returns every gradient")
+    parser.add_argument("--summary", action="store_true", help="also count what a step costs, without and with the plan")
 
 
 def _add_job(parser: argparse.ArgumentParser) -> None:
@@ -205,6 +206,8 @@ def _add_verify(commands: Any) -> None:
 def _add_inspect(commands: Any) -> None:
     parser = _command(commands, "inspect", _inspect, "show what a compiled step is")
     parser.add_argument("artifact", metavar="ARTIFACT", type=Path, help="folder that `tvmtrain compile` wrote, for any machine")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw live bytes over a training step: .svg, .png or .pdf")
+    parser.add_argument("--against", type=Path, metavar="ARTIFACT", help="with --plot: draw this artifact's step before it")
 
 
 def _add_devices(commands: Any) -> None:
@@ -256,10 +259,18 @@ def _names(text: str) -> dict[str, str]:
 def _compile(options: argparse.Namespace, out: Console) -> Outcome:
     from tvmtrain import jobs
 
-    compiled = jobs.compile_model(_job(options), options.output, out)
+    compiled = jobs.compile_model(_job(options), options.output, out, summary=options.summary)
+    if compiled.summary is not None:
+        out.line(f"\n{compiled.summary}\n")
     inputs = ", ".join(f"{name} {what}" for name, what in compiled.inputs.items())
     out.line(f"{options.output}: {compiled.trained:,} of {compiled.parameters:,} parameters trained, {inputs}", style="bold")
-    out.line(f"next: tvmtrain run {shlex.quote(str(options.output))} --data DATA.npz --epochs 5 --save NOW.safetensors")
+    memory, folder = compiled.memory, shlex.quote(str(options.output))
+    out.line(
+        f"a step needs an arena of {size(memory.arena)}, {size(memory.saved_features + memory.saved_masks)} of it saved for a backward "
+        f"of {flops(compiled.backward_flops)}"
+    )
+    out.line(f"by layer, and drawn: tvmtrain inspect {folder} --plot memory.svg")
+    out.line(f"next: tvmtrain run {folder} --data DATA.npz --epochs 5 --save NOW.safetensors")
     return Outcome(0, compiled.to_dict())
 
 
@@ -407,8 +418,14 @@ def _verify(options: argparse.Namespace, out: Console) -> Outcome:
 def _inspect(options: argparse.Namespace, out: Console) -> Outcome:
     from tvmtrain import describe
 
+    if options.against is not None and options.plot is None:
+        raise UsageError("--against: needs --plot FILE")
     description = describe.describe(options.artifact)
+    if options.plot is not None:
+        describe.plot(options.artifact, options.plot, options.against)
     describe.show(description, out)
+    if options.plot is not None:
+        out.line(f"live bytes over a training step: {options.plot}")
     return Outcome(0, description.to_dict())
 
 

@@ -145,6 +145,10 @@ def size(count: float) -> str:
     return f"{count:.2f} GiB"
 
 
+def flops(count: float) -> str:
+    return f"{count / 1e6:,.2f} MFLOP"
+
+
 def shape(sizes: Sequence[int]) -> str:
     """(8, 3, 96, 96) -> "8x3x96x96"."""
     return "x".join(map(str, sizes)) or "scalar"

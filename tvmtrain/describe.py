@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from tvmtrain import artifact, console
+from tvmtrain import artifact, console, drawing
 from tvmtrain.artifact import Entry, Manifest, Selection, TensorSpec
-from tvmtrain.errors import TvmtrainError
+from tvmtrain.costs import EntryMemory, LayerCost, Memory
+from tvmtrain.errors import InputError, TvmtrainError
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class LayerState:
 
 @dataclass(frozen=True)
 class Description:
-    """An artifact for people and for JSON. ``files`` and ``memory`` (by role) are in bytes.
+    """An artifact for people and for JSON. ``files`` and ``state`` (by role) are in bytes; ``costs`` are a training step's, by layer.
 
     ``trained`` counts all numbers of a partly trained weight; ``selections`` says which share of it a step trains.
     """
@@ -52,7 +53,9 @@ class Description:
     trained: int
     selections: tuple[Selection, ...]
     tied: dict[str, str]
-    memory: dict[str, Any]
+    state: dict[str, int]
+    memory: Memory
+    costs: tuple[LayerCost, ...]
     files: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,7 +84,9 @@ def describe(folder: str | Path) -> Description:
         trained=sum(counts[name] for name in manifest.trained),
         selections=manifest.selections,
         tied=dict(manifest.aliases),
-        memory=dict(manifest.memory),
+        state=dict(manifest.state_bytes),
+        memory=manifest.memory,
+        costs=manifest.costs,
         files={path.name: path.stat().st_size for path in sorted(Path(folder).iterdir()) if path.is_file()},
     )
 
@@ -101,7 +106,7 @@ def show(description: Description, out: console.Console) -> None:
         "optimizer": f"{d.optimizer.get('kind', '?')} ({optimizer})",
         "batch": str(d.batch),
         "parameters": f"{d.parameters:,}, {d.trained:,} trained",
-        "memory": ", ".join(f"{role} {_amount(value)}" for role, value in d.memory.items()),
+        "state": ", ".join(f"{role} {console.size(count)}" for role, count in d.state.items()),
         "files": ", ".join(f"{name} {console.size(count)}" for name, count in d.files.items()),
         "plan": "none: what requires a gradient is trained" if d.plan is None else "plan.toml",
     }
@@ -110,7 +115,11 @@ def show(description: Description, out: console.Console) -> None:
         out.line(f"  {name:<12}{value}")
     rows = [(name, "  ".join(e["inputs"]), "  ".join(e["outputs"])) for name, e in d.entries.items()]
     out.table(("entry", "takes", "returns"), rows)
+    memory = ("memory of", ">arena", ">lower bound", ">saved features", ">saved masks", ">results", ">each core")
+    out.table(memory, [_memory_row(name, entry) for name, entry in d.memory.entries.items()])
     out.table(("layer", ">parameters", "shapes", "trained"), [_layer_row(layer) for layer in d.layers])
+    costs = ("a step of layer", "kind", ">numbers trained", ">input kept", ">backward")
+    out.table(costs, [_cost_row(cost) for cost in (*_spending(d.costs), _total(d.costs))])
     if d.selections:
         shares = [
             (s.layer, str(s.count), str(s.channels), console.percent(s.count / s.channels), s.select) for s in d.selections
@@ -124,8 +133,24 @@ def _layer_row(layer: LayerState) -> tuple[str, ...]:
     return layer.name or "(model)", f"{layer.parameters:,}", shapes, trained if layer.parameters else "-"
 
 
-def _amount(value: Any) -> str:
-    return console.size(value) if isinstance(value, (int, float)) else str(value)
+def _memory_row(name: str, entry: EntryMemory) -> tuple[str, ...]:
+    e = entry
+    figures = (e.arena, e.lower_bound, e.saved_features, e.saved_masks, e.results, e.workspace)
+    return name, *(console.size(count) for count in figures)
+
+
+def _spending(costs: Sequence[LayerCost]) -> list[LayerCost]:
+    return [cost for cost in costs if cost.trained or cost.flops]
+
+
+def _total(costs: Sequence[LayerCost]) -> LayerCost:
+    trained, kept, flops = (sum(getattr(cost, name) for cost in costs) for name in ("trained", "kept", "flops"))
+    return LayerCost("all", "", trained, kept, flops)
+
+
+def _cost_row(cost: LayerCost) -> tuple[str, ...]:
+    kept = console.size(cost.kept) if cost.kept else "-"
+    return cost.name or "(model)", cost.kind, f"{cost.trained:,}", kept, console.flops(cost.flops)
 
 
 def _entry(entry: Entry) -> dict[str, list[str]]:
@@ -171,6 +196,22 @@ def _runs_here(manifest: Manifest) -> bool:
     except TvmtrainError:
         return False
     return True
+
+
+def plot(folder: Path, path: Path, against: Path | None = None) -> None:
+    """Draw live bytes over the training step of the artifact in ``folder`` into ``path`` (.svg, .png, .pdf), after ``against``'s.
+
+    Raises ``MissingPackageError`` without matplotlib, ``InputError`` for another suffix, ``ArtifactError``, ``StorageError``.
+    """
+    if (suffix := path.suffix.lower().lstrip(".")) not in drawing.FORMATS:
+        raise InputError(f"{path}: got the suffix {path.suffix!r}, wanted .{', .'.join(drawing.FORMATS)}")
+    panels = [_panel(folder, "")] if against is None else [_panel(against, "before: "), _panel(folder, "after: ")]
+    artifact.write_file(path, drawing.picture(panels, suffix))
+
+
+def _panel(folder: Path, when: str) -> drawing.Panel:
+    memory = artifact.read(folder, foreign=True).manifest.memory
+    return drawing.Panel(when + folder.resolve().name, memory.entries["train_step"], memory.timeline)
 
 
 # Devices.

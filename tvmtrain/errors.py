@@ -41,3 +41,7 @@ class DeviceError(TvmtrainError, ValueError):
 
 class StorageError(TvmtrainError, OSError):
     """A folder or disk that cannot be written; what was there before is intact."""
+
+
+class MissingPackageError(TvmtrainError, ImportError):
+    """A package that an extra of tvmtrain brings and this command needs."""

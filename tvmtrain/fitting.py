@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import tvm
+from tvm import relax
 
 from tvmtrain import lowering, targets
 from tvmtrain.errors import PlanError
@@ -44,6 +45,9 @@ def within(graph: TrainGraph, arena: int, device: str | Device) -> TrainGraph:
 
 def _arenas(graph: TrainGraph, device: Device) -> dict[str, int]:
     module = graph.module()
-    functions = tvm.IRModule({name: module[name] for name in ENTRIES})
-    planned = lowering.plan(lowering.lower(functions, device))
+    # With the kernels that they call by name, as those of random numbers.
+    functions = {
+        gvar: f for gvar, f in module.functions_items() if not isinstance(f, relax.Function) or gvar.name_hint in ENTRIES
+    }
+    planned = lowering.plan(lowering.lower(tvm.IRModule(functions), device))
     return {name: int(planned[name].attrs[ARENA]) for name in ENTRIES}

@@ -11,7 +11,7 @@ import tvm
 from tvm import relax
 
 from tvmtrain import autodiff, fitting, importer, passes, report, signature
-from tvmtrain.artifact import Entry, LossSpec, Selection
+from tvmtrain.artifact import STATE_ROLES, Entry, LossSpec, Selection
 from tvmtrain.converters.base import unsupported
 from tvmtrain.errors import PlanError
 from tvmtrain.report import Summary
@@ -109,7 +109,8 @@ class TrainGraph:
     def state_bytes(self, entries: Iterable[Entry]) -> dict[str, int]:
         """Bytes of the tensors that live as long as the step does, by role."""
         entries = tuple(entries)
-        roles = {tensor.name: tensor.role for entry in entries for tensor in entry.inputs}
+        # The channels of a weight have its name.
+        roles = {tensor.name: tensor.role for entry in entries for tensor in entry.inputs if tensor.role in STATE_ROLES}
         total: dict[str, int] = {}
         for name, value in self.state(entries).items():
             role = roles.get(name, "parameter" if name in self.parameters else "buffer")

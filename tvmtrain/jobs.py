@@ -18,7 +18,9 @@ from torch import nn
 
 from tvmtrain import builder, console, graph, importer
 from tvmtrain.artifact import Artifact
+from tvmtrain.costs import EntryMemory
 from tvmtrain.errors import InputError, ModelError
+from tvmtrain.report import Summary
 from tvmtrain.spec import SGD, Optimizer, UpdatePlan
 
 SHAPE = re.compile(r"\d+([x,]\d+)*([x,][a-z]+\d+)?")
@@ -75,7 +77,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What was built, where it lies, and the seconds that each stage took."""
+    """What was built, where it lies, the seconds that each stage took, and bytes and FLOPs of a training step.
+
+    ``memory`` is that of ``train_step`` beside the state; ``summary`` is there if it was asked for.
+    """
 
     folder: str
     device: str
@@ -86,30 +91,48 @@ class Compiled:
     parameters: int
     trained: int
     seconds: dict[str, float]
+    memory: EntryMemory
+    backward_flops: int
+    summary: Summary | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
 
 
-def compile_model(job: Job, folder: str | Path, out: console.Console) -> Compiled:
-    """Trace, build and save ``job`` into ``folder``. Raises the errors of these stages."""
+def compile_model(job: Job, folder: str | Path, out: console.Console, *, summary: bool = False) -> Compiled:
+    """Trace, build and save ``job`` into ``folder``. Raises the errors of these stages.
+
+    summary: also tell what a step costs, beside the step before the plan: lowers both, some seconds.
+    """
     seconds: dict[str, float] = {}
     with out.working(f"loading {job.model}"), _timed(seconds, "load"):
         prepared = prepare(job)
     with out.working("tracing"), _timed(seconds, "trace"):
-        traced = trace(job, prepared)
+        whole = _traced(job, prepared)
+        traced = _planned(job, whole)
+    costs = None
+    if summary:
+        with out.working("counting"), _timed(seconds, "summary"):
+            costs = traced.summary(against=None if job.plan is None else whole, device=job.device)
     with out.working(f"compiling for {job.device}"), _timed(seconds, "build"):
         artifact = builder.build(traced, job.device, gradients=job.gradients)
     with _timed(seconds, "save"):
         artifact.save(folder)
-    return _compiled(artifact, traced, folder, seconds)
+    return _compiled(artifact, traced, folder, seconds, costs)
 
 
 def trace(job: Job, prepared: Prepared) -> graph.TrainGraph:
     """The training step of a prepared ``job``, with its plan applied."""
+    return _planned(job, _traced(job, prepared))
+
+
+def _traced(job: Job, prepared: Prepared) -> graph.TrainGraph:
     x, y = (values[0] if len(values) == 1 else values for values in (prepared.x, prepared.y))
-    traced = graph.trace(prepared.module, x, y, loss=job.loss, optimizer=job.optimizer, seed=job.seed)
+    return graph.trace(prepared.module, x, y, loss=job.loss, optimizer=job.optimizer, seed=job.seed)
+
+
+def _planned(job: Job, traced: graph.TrainGraph) -> graph.TrainGraph:
     traced = traced if job.plan is None else traced.apply(UpdatePlan.from_toml(job.plan))
     return traced if job.arena is None else traced.within(job.arena, job.device)
 
@@ -266,7 +289,9 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = round(time.perf_counter() - start, 2)
 
 
-def _compiled(artifact: Artifact, traced: graph.TrainGraph, folder: str | Path, seconds: dict[str, float]) -> Compiled:
+def _compiled(
+    artifact: Artifact, traced: graph.TrainGraph, folder: str | Path, seconds: dict[str, float], summary: Summary | None
+) -> Compiled:
     manifest = artifact.manifest
     inputs = [spec for spec in manifest.named["train_step"].inputs if spec.role in ("input", "target")]
     return Compiled(
@@ -279,4 +304,7 @@ def _compiled(artifact: Artifact, traced: graph.TrainGraph, folder: str | Path, 
         parameters=sum(artifact.state[name].size for name in traced.parameters if name in artifact.state),
         trained=sum(artifact.state[name].size for name in manifest.trained),
         seconds=seconds,
+        memory=manifest.memory.entries["train_step"],
+        backward_flops=sum(cost.flops for cost in manifest.costs),
+        summary=summary,
     )

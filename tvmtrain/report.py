@@ -18,6 +18,7 @@ from tvm import relax
 from tvm.ir import Op
 
 from tvmtrain import operators, signature
+from tvmtrain.costs import LayerCost
 from tvmtrain.passes.sides import VIEWS
 from tvmtrain.passes.sizes import bytes_of
 
@@ -25,17 +26,6 @@ PRODUCTS = ("relax.nn.conv2d", operators.DGRAD, operators.WGRAD, "relax.matmul")
 SUMS = ("relax.sum", "relax.mean", "tvmtrain.patch_sum", "tvmtrain.patch_mean")
 # What lies between a weight's gradient and the product that makes it.
 AFTER_WGRAD = (*VIEWS, "relax.permute_dims", "relax.add", "relax.multiply", "relax.divide")
-
-
-@dataclass(frozen=True)
-class LayerCost:
-    """trained: numbers that a step updates; kept: bytes of its input that its weight gradient keeps; flops: of its backward."""
-
-    name: str
-    kind: str
-    trained: int
-    kept: int
-    flops: int
 
 
 @dataclass(frozen=True)
@@ -79,7 +69,7 @@ class Summary:
         if self.against is None:
             return [FIGURES[name], show(value)]
         before = getattr(self.against, name)
-        return [FIGURES[name], show(before), show(value), f"{value / before:.3f}" if before else ""]
+        return [FIGURES[name], show(before), show(value), _ratio(value / before) if before else ""]
 
     def _layer_rows(self) -> list[list[str]]:
         rows = [
@@ -95,10 +85,14 @@ FIGURES = {
     "saved_masks": "saved masks",
     "arena": "arena",
     "lower_bound": "lower bound of it",
-    "workspace": "workspace of a kernel",
+    "workspace": "beside it, each core",
     "parameters": "parameters",
     "optimizer_state": "optimizer state",
 }
+
+
+def _ratio(ratio: float) -> str:
+    return f"{ratio:.3f}" if ratio < 10 else f"{ratio:,.0f}"
 
 
 def _flops(count: int) -> str:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tvm
 
-from tvmtrain import lowering, report, targets
-from tvmtrain.artifact import MODEL_ROLES, Entry
+from tvmtrain import lowering, report, signature, targets
+from tvmtrain.artifact import MODEL_ROLES
+from tvmtrain.costs import LayerCost
 from tvmtrain.passes.plan_arena import ARENA, LOWER_BOUND, SAVED_FEATURES, SAVED_MASKS, WORKSPACE
 from tvmtrain.targets import Device
 
@@ -28,7 +29,9 @@ def summarize(graph: TrainGraph, device: str | Device) -> report.Summary:
     adjoint = module["gradients"]
     entries = graph.entries(module)
     forward, backward = report.flops(adjoint)
-    alone = tvm.IRModule({"train_step": module["train_step"]})
+    # With the kernels that it calls by name, as those of random numbers.
+    functions = {var: function for var, function in module.functions_items() if not isinstance(function, tvm.relax.Function)}
+    alone = tvm.IRModule({**functions, module.get_global_var("train_step"): module["train_step"]})
     attrs = lowering.plan(lowering.lower(alone, device))["train_step"].attrs
     features, masks, arena, bound, workspace = (int(attrs[name]) for name in PLANNED)
     state = graph.state_bytes(entries)
@@ -42,20 +45,22 @@ def summarize(graph: TrainGraph, device: str | Device) -> report.Summary:
         workspace=workspace,
         parameters=sum(state.get(role, 0) for role in MODEL_ROLES),
         optimizer_state=state.get("optimizer", 0),
-        layers=_layers(graph, adjoint, entries),
+        layers=layer_costs(graph, module),
     )
 
 
-def _layers(graph: TrainGraph, adjoint: tvm.relax.Function, entries: tuple[Entry, ...]) -> tuple[report.LayerCost, ...]:
+def layer_costs(graph: TrainGraph, module: tvm.IRModule) -> tuple[LayerCost, ...]:
+    """What each layer trains, keeps and spends, from the entry ``gradients`` of ``module``."""
+    adjoint = module["gradients"]
     names = {parameter: layer.name for layer in graph.layers for parameter in layer.parameters}
     costs = report.layer_costs(adjoint, names)
-    gradients = next(entry for entry in entries if entry.name == "gradients").outputs
+    gradients = signature.entry("gradients", adjoint).outputs
     trained = {layer.name: 0 for layer in graph.layers}
     for spec in gradients:
         if spec.role == "gradient":
             trained[names[spec.name]] += _moved(spec.shape, graph.imported.state[spec.name])
     return tuple(
-        report.LayerCost(layer.name, layer.kind, trained[layer.name], *costs.get(layer.name, (0, 0))) for layer in graph.layers
+        LayerCost(layer.name, layer.kind, trained[layer.name], *costs.get(layer.name, (0, 0))) for layer in graph.layers
     )
 
 
