@@ -36,6 +36,7 @@ def rows(dense: tt.TrainGraph) -> Iterator[tuple[str, tt.TrainGraph]]:
     yield "last 4", dense.apply(UpdatePlan.last(layers, 4))
     yield "last 4, filtered 2x2", dense.apply(UpdatePlan.last(layers, 4, filter=2))
     yield f"sparse, {SCHEME.kilobytes} KB scheme", dense.apply(plans.mcunetv3(layers, SCHEME, select="random"))
+    yield "sparse, 2% of the weights", dense.apply(plans.two_percent(layers))
 
 
 def pytorch_peak(model: nn.Module, x: torch.Tensor, y: torch.Tensor, trained: set[str]) -> int:

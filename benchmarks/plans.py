@@ -7,7 +7,7 @@
 - MCUNetV3 (Lin et al., NeurIPS 2022): the biases of the last n convolutions, a share of the input channels of a few, and the
   classifier, as their search found them for 49 to 148 KB. Their channels are those of the largest weights.
 - Dynamic gradient sparse update (Li and Chang, ISCAS 2024) publishes no table of ratios; its plans here are MCUNetV3's, with channels
-  that change from step to step.
+  that change from step to step, and one for its claim of about 2% of the convolution weights (``two_percent``; the ratios are ours).
 """
 
 from __future__ import annotations
@@ -69,6 +69,22 @@ def mcunetv3(layers: Sequence[Layer], scheme: Scheme, select: str = "magnitude")
     return UpdatePlan(plan | {layer.name: LayerUpdate() for layer in layers if layer.kind == "linear"})
 
 
+def two_percent(layers: Sequence[Layer], select: str = "random") -> UpdatePlan:
+    """About 2% of the convolution weights of MCUNetV3's MobileNetV2 in a step: the first pointwise convolutions of the last ten
+    blocks, which matter most (MCUNetV3), smaller shares in later layers (Li and Chang), the biases from there on, and the classifier.
+    """
+    shares = {7: 1 / 8, 8: 1 / 8, 9: 1 / 8, 10: 1 / 8, 11: 1 / 16, 12: 1 / 16, 13: 1 / 16, 14: 1 / 28, 15: 1 / 28, 16: 1 / 28}
+    plan = {}
+    for layer in layers:
+        block, name = layer.name.split(".")[1:3] if layer.name.startswith("blocks.") else ("0", "")
+        if int(block) in shares:
+            share = shares[int(block)] if name == "pointwise1" else 0
+            plan[layer.name] = LayerUpdate(share, bias=True, select=select if share else "first")
+        elif layer.kind == "linear":
+            plan[layer.name] = LayerUpdate()
+    return UpdatePlan(plan)
+
+
 def filtered(layers: Sequence[Layer], count: int, patch: int | None) -> UpdatePlan:
     """The last ``count`` convolutions without shortcuts, filtered (None: exact), and the classifier."""
     return UpdatePlan.last([layer for layer in layers if "downsample" not in layer.name], count, filter=patch)
@@ -82,6 +98,8 @@ def published(name: str, layers: Sequence[Layer]) -> dict[str, UpdatePlan]:
         plans[f"{name}-mcunetv3-{row.kilobytes}kb"] = static
         shares = {n: replace(u, select="random") if 0 < u.weight < 1 else u for n, u in static.layers.items()}
         plans[f"{name}-dynamic-{row.kilobytes}kb"] = UpdatePlan(shares)
+    if name == "mcu_mobilenetv2":
+        plans[f"{name}-dynamic-2percent"] = two_percent(layers)
     return plans
 
 
