@@ -38,7 +38,8 @@ class PackMasks:
 
 def _packed(function: relax.Function) -> relax.Function:
     sides = Sides(function)
-    masks = {i for i in sides.forward | sides.pure if _is_kept_mask(sides, i)}
+    # What is made after the loss is read at once.
+    masks = {i for i in sides.forward | sides.pure if i < max(sides.forward) and _is_kept_mask(sides, i)}
     packing = _Packing(sides, masks)
     bindings = [new for i in range(len(sides.bindings)) for new in packing.bindings(i)]
     return signature.with_bindings(function, bindings) if masks else function
