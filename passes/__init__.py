@@ -18,6 +18,7 @@ from tvmtrain.errors import PlanError
 from tvmtrain.passes.append_optimizer import AppendOptimizer
 from tvmtrain.passes.differentiate import Differentiate
 from tvmtrain.passes.drop_unread import DropUnread
+from tvmtrain.passes.fold_padding import FoldPadding
 from tvmtrain.passes.gather_early import GatherEarly
 from tvmtrain.passes.gradient_filter import GradientFilter
 from tvmtrain.passes.guard_state import GuardState
@@ -96,4 +97,4 @@ def pipeline(training: Training, optimizer: Optimizer, *, gradients: bool = Fals
 
 
 def _views(training: Training) -> list[Pass]:
-    return [SparseUpdate(training.sparse), GradientFilter(training.filtered, training.scaling)]
+    return [FoldPadding(), SparseUpdate(training.sparse), GradientFilter(training.filtered, training.scaling)]

@@ -3,9 +3,10 @@
     y = batch_norm(conv2d(x, w), gamma, beta, mean, var)   -->   y = conv2d(x, w') + b'
     prepare: w' = w * s, b' = beta - mean * s, s = gamma / sqrt(var + eps)
 
-w' and b' are made by an entry of their own, ``prepare``, which runs when weights are loaded; the step takes them as arguments of the
-role "prepared". So weights stay out of the code, and other ones can be loaded. Where the convolution is trained, or something else
-reads its result, only the BatchNorm is prepared: y * s + b'.
+A convolution's own bias becomes part of b', too: b' = beta + (b - mean) * s. w' and b'
+are made by an entry of their own, ``prepare``, which runs when weights are loaded; the step takes them as arguments of the role
+"prepared". So weights stay out of the code, and other ones can be loaded. Where the convolution is trained, or something else reads
+its result, only the BatchNorm is prepared: y * s + b'.
 
 That the backward ends at the first trained layer is the work of ``StopGradients``: what no update consumes is never made.
 """
@@ -78,11 +79,12 @@ class _Prepared:
 
 @dataclass(frozen=True)
 class _Fold:
-    """A frozen BatchNorm, with the weight of its convolution where that is folded, too. ``ports`` name the original tensors."""
+    """A frozen BatchNorm, with weight and bias of its convolution where they are folded, too. ``ports`` name the original tensors."""
 
     ports: dict[relax.Var, signature.Port]
     batch_norm: relax.Call
     weight: relax.Var | None
+    bias: relax.Var | None = None
 
     @property
     def name(self) -> str:
@@ -111,7 +113,8 @@ class _Fold:
         gamma, beta, mean, var = (own(value) for value in self.batch_norm.args[1:5])
         deviation = R.sqrt(R.add(var, relax.const(float(self.batch_norm.attrs.epsilon), self.dtype)))
         scale = builder.emit(R.divide(gamma, deviation))
-        shift = builder.emit(R.reshape(R.subtract(beta, R.multiply(mean, scale)), self.per_channel))
+        centre = mean if self.bias is None else R.subtract(mean, own(self.bias))
+        shift = builder.emit(R.reshape(R.subtract(beta, R.multiply(centre, scale)), self.per_channel))
         if self.weight is None:
             return [builder.emit(R.reshape(scale, self.per_channel)), shift]
         per_filter = R.reshape(scale, [self.per_channel[1], 1, 1, 1])
@@ -162,19 +165,30 @@ class _Rewriting:
 
     def _applied(self, builder: relax.BlockBuilder, norm: relax.Call) -> relax.Expr:
         x = norm.args[0]
-        convolution = self._frozen_convolution(x)
-        fold = _Fold(self.frozen, norm, None if convolution is None else convolution.args[1])
+        convolution, bias = self._frozen_convolution(x)
+        fold = _Fold(self.frozen, norm, None if convolution is None else convolution.args[1], bias)
         factor, shift = (self._argument(port) for port in self.prepared.want(fold))
         if convolution is None:
             return R.add(builder.emit(R.multiply(x, factor)), shift)
         folded = R.nn.conv2d(convolution.args[0], factor, **operators.geometry_of(convolution))
         return R.add(builder.emit(folded), shift)
 
-    def _frozen_convolution(self, x: relax.Var) -> relax.Call | None:
-        """The convolution with a frozen weight that made x, if nothing else reads x."""
-        call = self.calls.get(x)
+    def _frozen_convolution(self, x: relax.Var) -> tuple[relax.Call | None, relax.Var | None]:
+        """The convolution with a frozen weight that made x, and the frozen bias added to it, if nothing else reads x."""
+        bias = self._frozen_bias(self.calls.get(x))
+        source = x if bias is None else self.calls[x].args[0]
+        call = self.calls.get(source)
         made = call is not None and call.op == Op.get("relax.nn.conv2d") and call.args[1] in self.frozen
-        return call if made and self.reads[x] == 1 else None
+        alone = self.reads[x] == 1 and self.reads[source] == 1
+        return (call, bias) if made and alone else (None, None)
+
+    def _frozen_bias(self, added: relax.Call | None) -> relax.Var | None:
+        """The frozen parameter [O] that is added as [1, O, 1, 1], the second operand."""
+        operand = added.args[1] if added is not None and added.op == Op.get("relax.add") else None
+        reshaped = self.calls.get(operand) if isinstance(operand, relax.Var) else None
+        if reshaped is None or reshaped.op != Op.get("relax.reshape") or reshaped.args[0] not in self.frozen:
+            return None
+        return reshaped.args[0] if len(reshaped.args[0].ty.shape) == 1 else None
 
     def _argument(self, port: signature.Port) -> relax.Var:
         return self.added.setdefault(port, relax.Var(port[1], self.prepared.results[port]))

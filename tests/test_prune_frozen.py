@@ -91,6 +91,10 @@ def test_frozen_batchnorms_are_folded_and_nothing_else_is() -> None:
         assert not operators(module[name])["relax.nn.batch_norm"]
     read = {name for role, name in signature.inputs(module["train_step"]) if role in ("parameter", "buffer")}
     assert not read & {"0.weight", "1.running_mean", "6.weight", "7.running_var"}
+    # With its own bias, where that is frozen.
+    whole = graph.apply(tt.UpdatePlan(PLANS["classifier"])).module()
+    assert prepared(whole) >= {"3.weight:4", "3.weight:4:shift"}
+    assert ("parameter", "3.bias") not in signature.inputs(whole["train_step"])
     # The backward ends at the first trained layer: through the last convolution, not through the trained one.
     assert operators(module["train_step"])["tvmtrain.conv2d_dgrad"] == 1
 
