@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import tvm
-from filtered import Filtered, Geometry, filtered_gradients
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from parity import quick_device
@@ -23,6 +22,7 @@ from tvm.runtime.vm import VirtualMachine
 import tvmtrain as tt
 from tvmtrain import filtering, lowering, signature
 from tvmtrain.errors import PlanError
+from tvmtrain.oracle import Filtered, Geometry, filtered_gradients
 from tvmtrain.passes.append_optimizer import AppendOptimizer
 from tvmtrain.passes.differentiate import Differentiate
 from tvmtrain.passes.gradient_filter import GradientFilter

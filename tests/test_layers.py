@@ -51,8 +51,8 @@ ALLOWED: dict[str, set[str]] = {
     },
 }
 # These join the rooms above for a person; they may use everything.
-FRONT = {"cli", "jobs", "describe", "verify", "quickstart", "__init__", "__main__"}
-WITH_TORCH = {"converters", "importer", "onnx_model", "translator", "jobs", "verify", "quickstart"}
+FRONT = {"cli", "oracle", "jobs", "describe", "verify", "quickstart", "__init__", "__main__"}
+WITH_TORCH = {"converters", "oracle", "importer", "onnx_model", "translator", "jobs", "verify", "quickstart"}
 
 
 def room(path: Path) -> str:

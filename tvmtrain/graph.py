@@ -57,6 +57,12 @@ class TrainGraph:
             if 0 < update.weight < 1 and (weight := _weight_of(layer)) in self.trained
         )
 
+    @property
+    def filtered(self) -> dict[str, LayerUpdate]:
+        """Weight -> what is trained of it, of the convolutions whose gradients are filtered."""
+        found = [(_weight_of(layer), update) for layer, update in self._planned() if update.patch is not None]
+        return {weight: update for weight, update in found if weight is not None}
+
     def _planned(self) -> list[tuple[Layer, LayerUpdate]]:
         """The layers that the plan names; none without a plan."""
         plan = self.plan.layers if self.plan is not None else {}
@@ -72,7 +78,7 @@ class TrainGraph:
         if not trained:
             raise PlanError("update plan: it trains nothing; name at least one layer with weight > 0 or bias = true")
         ordered = _trainable(self.imported, [name for name in self.imported.state if name in trained])
-        applied = replace(self, trained=ordered, plan=plan)
+        applied = replace(self, trained=ordered, plan=plan, strips=None)
         passes.check(applied._training(), self.imported.module)
         return applied
 
@@ -99,12 +105,9 @@ class TrainGraph:
         """What the plan asks for, by parameter."""
         sparse = {chosen.weight: chosen.count for chosen in self.selections}
         fixed = frozenset(chosen.weight for chosen in self.selections if chosen.fixed)
-        filtered: dict[str, tuple[int, int]] = {}
-        scaling: dict[str, str] = {}
-        for layer, update in self._planned():
-            if update.patch is not None and (weight := _weight_of(layer)) is not None:
-                filtered[weight], scaling[weight] = update.patch, update.scaling
-        return passes.Training(self.trained, sparse, fixed, filtered, scaling, self.strips)
+        patches = {weight: update.patch for weight, update in self.filtered.items() if update.patch is not None}
+        scaling = {weight: update.scaling for weight, update in self.filtered.items()}
+        return passes.Training(self.trained, sparse, fixed, patches, scaling, self.strips)
 
     def state_bytes(self, entries: Iterable[Entry]) -> dict[str, int]:
         """Bytes of the tensors that live as long as the step does, by role."""

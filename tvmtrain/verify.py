@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tvmtrain import builder, console, graph, importer, jobs, philox, selection
 from tvmtrain.artifact import Selection
 from tvmtrain.errors import NonFiniteLossError, TvmtrainError
+from tvmtrain.oracle import FilteredGradients
 from tvmtrain.runtime import TrainStep
-from tvmtrain.spec import SGD, AdamW, Layer, Optimizer, UpdatePlan
+from tvmtrain.spec import SGD, AdamW, Layer, LayerUpdate, Optimizer, UpdatePlan
 
 ABSOLUTE = 1e-6  # differences that count as none, whatever their share
 OWN_FACTOR = 10.0  # and those within this factor of PyTorch's own
@@ -213,8 +214,9 @@ class _Reference:
         optimizer: Optimizer,
         seed: int,
         selections: Sequence[Selection] = (),
+        filtered: Mapping[str, LayerUpdate] | None = None,
     ) -> None:
-        self.selections = selections
+        self.selections, self.filtered = selections, dict(filtered or {})
         self.module = copy.deepcopy(module)
         for name, parameter in self.module.named_parameters():
             parameter.requires_grad_(name in trained)
@@ -225,7 +227,7 @@ class _Reference:
 
     def nudged(self) -> _Reference:
         """The same from weights that are one rounding error away."""
-        other = _Reference(self.module, list(self.trained), self.loss, self.spec, self.seed, self.selections)
+        other = _Reference(self.module, list(self.trained), self.loss, self.spec, self.seed, self.selections, self.filtered)
         random = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in other.module.parameters():
@@ -236,10 +238,14 @@ class _Reference:
     def backward(self, xs: Tensors, ys: Tensors) -> float:
         """The loss of the next step; gradients are left at the parameters."""
         self.optimizer.zero_grad()
-        with SameRandomNumbers(self.seed, self.taken):
+        with SameRandomNumbers(self.seed, self.taken), FilteredGradients(self._filters()):
             loss = importer.apply_loss(self.loss, self.module(*xs), ys)
         loss.backward()
         return float(loss.detach())
+
+    def _filters(self) -> list[tuple[torch.Tensor, tuple[int, int], str]]:
+        weights = dict(self.module.named_parameters())
+        return [(weights[name], update.patch, update.scaling) for name, update in self.filtered.items() if update.patch]
 
     def step(self, xs: Tensors, ys: Tensors, channels: Values) -> float:
         """One step that trains ``channels``, by layer name, of the partly trained layers."""
@@ -271,7 +277,7 @@ class _Reference:
 
     def gradients(self, xs: Tensors, ys: Tensors, channels: Values) -> Values:
         """Every gradient at the first step, of partly trained weights at ``channels``; the model is left as it was."""
-        other = _Reference(self.module, list(self.trained), self.loss, self.spec, self.seed)
+        other = _Reference(self.module, list(self.trained), self.loss, self.spec, self.seed, filtered=self.filtered)
         other.backward(xs, ys)
         found = {n: np.zeros(p.shape) if p.grad is None else p.grad.numpy() for n, p in other.trained.items()}
         for chosen in self.selections:
@@ -322,7 +328,7 @@ class _Check:
         seed: int,
     ) -> None:
         self.module, self.traced, self.step, self.tolerance = module, traced, step, tolerance
-        self.torch = _Reference(module, traced.trained, loss, optimizer, seed, traced.selections)
+        self.torch = _Reference(module, traced.trained, loss, optimizer, seed, traced.selections, traced.filtered)
         self.nudged = self.torch.nudged()
         self.owners = {name: layer.name for layer in traced.layers for name in layer.parameters}
         self.found: list[Comparison] = []

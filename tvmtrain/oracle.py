@@ -1,12 +1,14 @@
-"""Gradient filtering in PyTorch, written from the paper's equations: what the compiled gradients are compared with.
+"""Gradient filtering in PyTorch, written from the paper's equations: what ``verify`` and the tests compare compiled gradients with.
 
 Yang, Li and Marculescu, CVPR 2023, arXiv 2301.00330, with the authors' conventions where the paper is silent (ceil padding before
 the map, means over valid places, taps of dilated kernels whole patches apart). Patches are matrices of zeros and ones here, one
-row for each patch, so that a sum over patches is a product with it and the broadcast back one with its transpose.
+row for each patch, so that a sum over patches is a product with it and the broadcast back one with its transpose. Nothing here is
+shared with the compiled side.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -14,13 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """A convolution and its patches; pairs are (rows, columns)."""
+    """A convolution and its patches; pairs are (rows, columns). ``behind``: padding at the ends, as before the map if not given."""
 
     kernel: Pair = (3, 3)
     stride: Pair = (1, 1)
@@ -29,6 +32,13 @@ class Geometry:
     groups: int = 1
     patch: Pair = (2, 2)
     scaling: str = "unbiased"
+    behind: Pair | None = None
+
+    @property
+    def pads(self) -> tuple[int, int, int, int]:
+        """Left, right, top and bottom, as ``F.pad`` takes them."""
+        behind = self.behind or self.padding
+        return (self.padding[1], behind[1], self.padding[0], behind[0])
 
     def output(self, size: int, axis: int) -> int:
         reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
@@ -62,7 +72,7 @@ class FilteredConv(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, geometry: Geometry) -> torch.Tensor:
         ctx.save_for_backward(x, w)
         ctx.geometry = geometry
-        return F.conv2d(x, w, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+        return F.conv2d(F.pad(x, geometry.pads), w, None, geometry.stride, 0, geometry.dilation, geometry.groups)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
@@ -126,9 +136,71 @@ class Filtered(nn.Module):
     def __init__(self, conv: nn.Conv2d, patch: Pair, scaling: str = "unbiased") -> None:
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
-        pairs = [tuple(getattr(conv, key)) for key in ("kernel_size", "stride", "padding", "dilation")]
-        self.geometry = Geometry(*pairs, conv.groups, patch, scaling)
+        kernel, stride, padding, dilation = (
+            _pair(value) for value in (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+        )
+        self.geometry = Geometry(kernel, stride, padding, dilation, conv.groups, patch, scaling)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = FilteredConv.apply(x, self.weight, self.geometry)
         return y if self.bias is None else y + self.bias[:, None, None]
+
+
+class FilteredGradients(TorchFunctionMode):
+    """Within it, convolutions with these weights have filtered gradients. ``filters``: weight -> (patch, scaling).
+
+    Zeros that are padded around an image count as the padding of the convolution that reads it.
+    """
+
+    def __init__(self, filters: Sequence[tuple[torch.Tensor, Pair, str]]) -> None:
+        super().__init__()
+        self.filters = {id(weight): (patch, scaling) for weight, patch, scaling in filters}
+        # By id of the padded image, which is kept so that no other gets its id.
+        self.padded: dict[int, tuple[torch.Tensor, torch.Tensor, Sequence[int]]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.pad:
+            result = func(*args, **kwargs)
+            self._remember(result, *args, **kwargs)
+            return result
+        if func is torch.conv2d and id(args[1] if len(args) > 1 else kwargs["weight"]) in self.filters:
+            return self._convolution(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _remember(
+        self, result: torch.Tensor, x: torch.Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
+    ) -> None:
+        if len(pad) == 4 and mode == "constant" and not value:
+            self.padded[id(result)] = (result, x, pad)
+
+    def _convolution(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> torch.Tensor:
+        patch, scaling = self.filters[id(weight)]
+        kernel, dilation = (weight.shape[2], weight.shape[3]), _pair(dilation)
+        before = behind = _padding(padding, kernel, dilation)
+        if id(x) in self.padded:
+            _, x, (left, right, top, bottom) = self.padded[id(x)]
+            before, behind = (before[0] + top, before[1] + left), (behind[0] + bottom, behind[1] + right)
+        geometry = Geometry(kernel, _pair(stride), before, dilation, groups, patch, scaling, behind)
+        y = FilteredConv.apply(x, weight, geometry)
+        return y if bias is None else y + bias[:, None, None]
+
+
+def _pair(value: Any) -> Pair:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+def _padding(value: Any, kernel: Pair, dilation: Pair) -> Pair:
+    if isinstance(value, str):
+        same = (dilation[0] * (kernel[0] - 1) // 2, dilation[1] * (kernel[1] - 1) // 2)
+        return same if value == "same" else (0, 0)
+    return _pair(value)
