@@ -129,7 +129,6 @@ def test_the_command_prints_its_verdict(capsys):
 
 
 def test_nan_departs():
-    import numpy as np
 
     bad = verify.compare("loss", "l", "", np.array(np.nan), np.array(1.0), np.array(1.0), 1e-3)
     assert (bad.ok, bad.relative) == (False, float("inf"))
@@ -159,9 +158,3 @@ def test_filtered_gradients_are_compared_with_the_papers_equations():
     )
     model, x, y = SamePadded(), torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
     assert verify.verify(model, x, y, plan=plan, steps=3).passed
-    # Exact gradients are not these.
-    exact = tt.trace(model, x, y)
-    filtered = exact.apply(tt.UpdatePlan({"first": tt.LayerUpdate(filter=2)}))
-    ours = tt.build(filtered, gradients=True).load().gradients(x, y)["first.weight"]
-    dense = tt.build(exact, gradients=True).load().gradients(x, y)["first.weight"]
-    assert np.abs(ours - dense).max() > 0.01 * np.abs(dense).max()
