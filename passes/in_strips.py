@@ -5,7 +5,7 @@
 
 Of a, the largest tensor, only a strip is alive; rows at the borders of strips are computed twice. This is the patch-based inference of
 MCUNetV2 (Lin et al., 2021, arXiv 2110.15352) with strips for patches, for what a plan freezes: what the backward reads is not
-computed in strips. The values are the same.
+computed in strips. The values are the same, up to rounding where a kernel adds in another order.
 """
 
 from __future__ import annotations
@@ -96,9 +96,13 @@ class Forward:
         self.waists = [-1, *self._between_kernels(list(self._alone(last)))] if self.image is not None else []
 
     def _between_kernels(self, waists: list[int]) -> list[int]:
-        """Without those whose value an elementwise operation turns into the next: both are one kernel's."""
-        following = zip(waists, [*waists[1:], None], strict=True)
-        return [i for i, after in following if after is None or not rows.moves_no_rows(self.bindings[after].value)]
+        """Without those whose value an elementwise operation turns into the next at once: both are one kernel's."""
+        kept = []
+        for i, after in zip(waists, [*waists[1:], None], strict=True):
+            between = [k for k in range(i + 1, after or 0) if self.bindings[k].var in self.data]
+            if after is None or between or not rows.moves_no_rows(self.bindings[after].value):
+                kept.append(i)
+        return kept
 
     def _alone(self, last: dict[relax.Var, float]) -> Iterator[int]:
         alive: dict[relax.Var, float] = {}
@@ -176,7 +180,7 @@ class Part:
         """The rows of each value for these rows of the result; None where one lies on padding alone."""
         found = {self.steps[-1].var: result}
         for step in reversed(self.steps):
-            reads = step.how.reads(found[step.var])
+            reads = step.how.reads(found[step.var]) if step.var in found else None
             if not reads:
                 return None
             for image in step.images:
@@ -189,7 +193,7 @@ class Part:
         result = bytes_of(self.steps[-1].var.ty)
         if count == 1:
             everything = {self.source: Rows(0, 0)} | {step.var: Rows(0, step.height) for step in self.steps}
-            return Cost(self._peak(everything, whole), 0)
+            return Cost(self._peak(everything, whole), 0, 0)
         every = self.strips(count)
         # Those between the second and the last two are alike.
         alike = max(1, len(every) - 3)
@@ -201,7 +205,8 @@ class Part:
         # A strip has its own rows of the source; the others' results wait to be joined.
         highest = max(self._peak(strip, self.source_row * len(strip[self.source])) for strip in some)
         calls = (len(every) - 1) * sum(not rows.moves_no_rows(step.call) for step in self.steps)
-        return Cost(max(whole + highest + result, 2 * result), work - self.work + calls * CALL)
+        again = work - self.work
+        return Cost(max(whole + highest + result, 2 * result), again + calls * CALL, again)
 
     @cached_property
     def work(self) -> int:
@@ -230,9 +235,10 @@ class Part:
 
 @dataclass(frozen=True, order=True)
 class Cost:
-    """Bytes alive at once, and multiplications that are done again; calls of more kernels count as some."""
+    """Bytes alive at once, what strips cost in multiplications, calls of more kernels too, and those that are done again alone."""
 
     peak: int
+    extra: int
     again: int
 
 
@@ -240,9 +246,9 @@ class Cost:
 
 
 def _chosen(forward: Forward, limit: int) -> list[tuple[Part, int]]:
-    """The parts and strips that stay within the limit with least work done again; where none do, those that need least memory."""
+    """The parts and strips that stay within the limit and cost least; where none do, those that need least memory."""
     waists = forward.waists
-    # For each waist: (bytes over the limit, work done again, the way there).
+    # For each waist: (bytes over the limit, what strips cost, the way there).
     best: list[tuple[int, float, list[tuple[Part, int]]]] = [(0, 0, [])]
     for j in range(1, len(waists)):
         options = []
@@ -250,9 +256,9 @@ def _chosen(forward: Forward, limit: int) -> list[tuple[Part, int]]:
             part = forward.part(waists[i], waists[j])
             if part is None:
                 break
-            over, again, way = best[i]
+            over, extra, way = best[i]
             count, cost = _strips(part, limit)
-            options.append((max(over, cost.peak - limit), again + cost.again, [*way, (part, count)]))
+            options.append((max(over, cost.peak - limit), extra + cost.extra, [*way, (part, count)]))
         # What is not row by row costs what it costs.
         options = options or [best[j - 1]]
         best.append(min(options, key=lambda option: (max(option[0], 0), option[1], len(option[2]))))

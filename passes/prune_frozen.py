@@ -3,10 +3,10 @@
     y = batch_norm(conv2d(x, w), gamma, beta, mean, var)   -->   y = conv2d(x, w') + b'
     prepare: w' = w * s, b' = beta - mean * s, s = gamma / sqrt(var + eps)
 
-A convolution's own bias becomes part of b', too: b' = beta + (b - mean) * s. w' and b'
-are made by an entry of their own, ``prepare``, which runs when weights are loaded; the step takes them as arguments of the role
-"prepared". So weights stay out of the code, and other ones can be loaded. Where the convolution is trained, or something else reads
-its result, only the BatchNorm is prepared: y * s + b'.
+A convolution's own bias b becomes part of b', too: b' = beta + (b - mean) * s. w' and b' are made by an entry of their own,
+``prepare``, which runs when weights are loaded; the step takes them as arguments of the role "prepared". So weights stay out of the
+code, and other ones can be loaded. Where the convolution is trained, or something else reads its result, only the BatchNorm is
+prepared: y * s + b'.
 
 That the backward ends at the first trained layer is the work of ``StopGradients``: what no update consumes is never made.
 """
@@ -23,6 +23,7 @@ from tvm.ir.transform import PassContext, module_pass
 from tvm.relax import op as R
 
 from tvmtrain import operators, signature
+from tvmtrain.artifact import MODEL_ROLES
 
 PREPARE = "prepare"
 FUNCTIONS = ("forward", "predict")
@@ -88,9 +89,10 @@ class _Fold:
 
     @property
     def name(self) -> str:
-        """ "features.0.0.weight:features.0.1", or "features.0.1:scale"."""
+        """ "features.0.0.weight:features.0.1", with ":features.0.0.bias" if that is folded, or "features.0.1:scale"."""
         owner = self.ports[self.batch_norm.args[3]][1].rpartition(".")[0]
-        return f"{owner}:scale" if self.weight is None else f"{self.ports[self.weight][1]}:{owner}"
+        bias = "" if self.bias is None else f":{self.ports[self.bias][1]}"
+        return f"{owner}:scale" if self.weight is None else f"{self.ports[self.weight][1]}:{owner}{bias}"
 
     @property
     def per_channel(self) -> list[int]:
@@ -125,7 +127,9 @@ def _folded(mod: tvm.IRModule, name: str, prepared: _Prepared) -> relax.Function
     """The function ``name`` with every frozen BatchNorm prepared."""
     function = mod[name]
     ports = {var: port for port, var in zip(signature.inputs(function), function.params, strict=True)}
-    rewriting = _Rewriting(function, {v: p for v, p in ports.items() if p not in prepared.changing}, prepared)
+    rewriting = _Rewriting(
+        function, {v: p for v, p in ports.items() if p[0] in MODEL_ROLES and p not in prepared.changing}, prepared
+    )
     builder = relax.BlockBuilder(mod)
     with builder.function(f"{name}_folded"):
         with builder.dataflow():
@@ -185,10 +189,14 @@ class _Rewriting:
     def _frozen_bias(self, added: relax.Call | None) -> relax.Var | None:
         """The frozen parameter [O] that is added as [1, O, 1, 1], the second operand."""
         operand = added.args[1] if added is not None and added.op == Op.get("relax.add") else None
-        reshaped = self.calls.get(operand) if isinstance(operand, relax.Var) else None
+        if added is None or not isinstance(operand, relax.Var):
+            return None
+        reshaped = self.calls.get(operand)
         if reshaped is None or reshaped.op != Op.get("relax.reshape") or reshaped.args[0] not in self.frozen:
             return None
-        return reshaped.args[0] if len(reshaped.args[0].ty.shape) == 1 else None
+        bias, channels = reshaped.args[0], int(added.ty.shape[1])
+        per_channel = [int(d) for d in operand.ty.shape] == [1, channels, 1, 1] and len(bias.ty.shape) == 1
+        return bias if per_channel else None
 
     def _argument(self, port: signature.Port) -> relax.Var:
         return self.added.setdefault(port, relax.Var(port[1], self.prepared.results[port]))

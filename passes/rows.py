@@ -65,6 +65,8 @@ def window(call: relax.Call, data: set[relax.Var]) -> Window | None:
     if not operands or any(not _is_image(value.ty) for value in (call, *operands)):
         return None
     height = _height(operands[0].ty)
+    if name in (CONV, POOL) and not str(getattr(call.attrs, "data_layout", "") or call.attrs.layout).startswith("NCHW"):
+        return None
     if name == CONV and operands == [call.args[0]]:
         geometry = operators.geometry_of(call)
         return _window(geometry["strides"], geometry["padding"], geometry["dilation"], int(call.args[1].ty.shape[ROWS]), height)

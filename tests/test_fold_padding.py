@@ -18,19 +18,22 @@ class SamePadded(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(3, 8, 3, 2)
         self.depthwise = nn.Conv2d(8, 8, 3, 2, padding=(1, 0), groups=8)
+        self.pointwise = nn.Conv2d(8, 8, 1, 2)
         self.last = nn.Conv2d(8, 4, 2)
         self.classifier = nn.Linear(4, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.relu(self.first(F.pad(x, (0, 1, 0, 1))))
         x = F.relu(self.depthwise(F.pad(x, (2, 1, 0, 1))))
+        # An even image: the last row and column are padding alone.
+        x = self.pointwise(F.pad(x, (0, 1, 0, 1)))
         x = F.pad(x, (1, 0, 1, 1))
         return self.classifier(self.last(x).mean((2, 3)) + x.mean((1, 2, 3))[:, None])
 
 
 def traced() -> tuple[nn.Module, torch.Tensor, torch.Tensor, tt.TrainGraph]:
     torch.manual_seed(0)
-    model, x, y = SamePadded(), torch.randn(2, 3, 16, 13), torch.tensor([0, 2])
+    model, x, y = SamePadded(), torch.randn(2, 3, 24, 21), torch.tensor([0, 2])
     return model, x, y, tt.trace(model, x, y)
 
 

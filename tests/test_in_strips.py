@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tvm.relax import op as R
 import tvmtrain as tt
 from tvmtrain import signature
 from tvmtrain.errors import PlanError
-from tvmtrain.passes.in_strips import COUNTS, Forward, InStrips
+from tvmtrain.passes.in_strips import Forward, InStrips
 from tvmtrain.passes.rows import Rows, Window
 from tvmtrain.report import Summary
 
@@ -60,13 +61,13 @@ def networks(draw) -> tuple[nn.Module, torch.Tensor]:
     )
     layers: list[nn.Module] = []
     for _ in range(draw(st.integers(2, 6))):
-        kind = draw(st.sampled_from(["conv", "conv", "conv", "residual", "pool", "pad", "norm"]))
+        kind = draw(st.sampled_from(["conv", "conv", "conv", "residual", "pool", "pad"]))
         if kind == "conv":
             more, channels = draw(convolutions(channels))
         elif kind == "pool":
             more = [nn.MaxPool2d(draw(st.integers(2, 3)), stride=draw(st.integers(1, 2)), padding=1)]
         else:
-            more = [{"residual": Residual(channels), "pad": Padded(), "norm": nn.BatchNorm2d(channels)}[kind]]
+            more = [{"residual": Residual(channels), "pad": Padded()}[kind]]
         layers += more
     model = nn.Sequential(*layers, nn.Conv2d(channels, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     return model, x
@@ -91,24 +92,66 @@ def strips_of(function: relax.Function) -> int:
     )
 
 
-@given(networks(), st.floats(0.2, 0.8))
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
-def test_strips_compute_what_pytorch_computes(network, share):
-    model, x = network
-    try:
-        wanted = model(x).detach().numpy()
-    except RuntimeError:
-        return  # nothing was left of the image
-    graph = tt.trace(model, x, torch.zeros(len(x), dtype=torch.int64))
-    module = tvm.IRModule({"predict": graph.imported.module["predict"]})
-    whole = Forward(module["predict"])
-    peak = max(
-        (part.cost(1).peak for i, j in zip(whole.waists, whole.waists[1:], strict=False) if (part := whole.part(i, j))),
-        default=1,
+def test_strips_compute_what_pytorch_computes():
+    cut: list[int] = []
+
+    @given(networks(), st.floats(0.2, 0.8))
+    @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+    def check(network: tuple[nn.Module, torch.Tensor], share: float) -> None:
+        model, x = network
+        try:
+            wanted = model(x).detach().numpy()
+        except RuntimeError:
+            return  # nothing was left of the image
+        graph = tt.trace(model, x, torch.zeros(len(x), dtype=torch.int64))
+        module = tvm.IRModule({"predict": graph.imported.module["predict"]})
+        whole = Forward(module["predict"])
+        parts = [whole.part(i, j) for i, j in zip(whole.waists, whole.waists[1:], strict=False)]
+        peak = max((part.cost(1).peak for part in parts if part), default=1)
+        strips = InStrips(int(share * peak))(module)
+        cut.append(strips_of(strips["predict"]))
+        got = predicted(strips, graph, x)
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4 * max(1e-3, np.abs(wanted).max()))
+
+    check()
+    assert sum(count > 0 for count in cut) > len(cut) // 2
+
+
+def test_each_residual_block_of_a_row_is_a_part_of_its_own():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), *(Residual(8) for _ in range(3)), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    graph = tt.trace(nn.Sequential(*layers), torch.randn(1, 3, 16, 16), torch.tensor([0]))
+    # The input, what goes into each block, and what comes out of the last; then the mean and its reshape.
+    forward = Forward(graph.imported.module["predict"])
+    maps = [i for i in forward.waists if i >= 0 and [int(d) for d in forward.value(i).ty.shape] == [1, 8, 16, 16]]
+    assert len(maps) == 4
+    assert all(forward.part(i, j) is not None for i, j in itertools.pairwise(maps))
+
+
+def test_strips_are_tried_where_only_a_kernel_is_too_large():
+    """Tensors alone would fit: it is the padded copy of a convolution that does not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, stride=2, padding=1), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)),
     )
-    cut = InStrips(int(share * peak))(module)
-    got = predicted(cut, graph, x)
-    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4 * max(1e-3, np.abs(wanted).max()))
+    graph = tt.trace(model, torch.randn(1, 3, 64, 64), torch.tensor([0]))
+    graph = graph.apply(tt.UpdatePlan({"6": tt.LayerUpdate()}))
+    allowed = graph.summary().arena * 95 // 100
+    assert graph.within(allowed).summary().arena <= allowed
+
+
+def test_a_strip_of_padding_behind_the_image():
+    """A pointwise convolution of stride 2 whose last row lies on padding."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 16, 1, stride=2, padding=(1, 0)), nn.Conv2d(16, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    x = torch.randn(1, 2, 31, 31)
+    graph = tt.trace(model.eval(), x, torch.tensor([0]))
+    module = InStrips(8000)(tvm.IRModule({"predict": graph.imported.module["predict"]}))
+    assert strips_of(module["predict"]) > 0
+    np.testing.assert_allclose(predicted(module, graph, x), model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
 @given(st.integers(1, 60), st.integers(1, 7), st.integers(1, 3), st.integers(0, 6), st.integers(0, 6), st.data())
@@ -185,14 +228,25 @@ def test_work_that_is_done_again_is_counted():
 
 def test_what_cannot_be_made_smaller_is_said():
     graph = tt.trace(mobile(), *batch(), optimizer=tt.SGD())
-    with pytest.raises(PlanError, match=r"'train_step' takes [\d,]+ bytes at least for host, wanted at most 1,000"):
+    with pytest.raises(
+        PlanError, match=r"'train_step' takes [\d,]+ bytes at the least that was found for host, wanted at most 1,000"
+    ):
         graph.within(1000)
 
 
 def test_what_the_backward_reads_is_whole():
     """Everything is trained: the step has no waist but its end. Nothing keeps ``predict`` from strips."""
-    module = InStrips(1)(tt.trace(mobile().eval(), *batch(), optimizer=tt.SGD()).module())
+    layers = [
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 2, 3, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(242, 4),
+    ]
+    module = InStrips(1)(tt.trace(nn.Sequential(*layers), *batch()).module())
     assert strips_of(module["train_step"]) == 0
+    assert strips_of(module["predict"]) > 0
 
 
 def test_a_limit_that_is_kept_changes_nothing():
@@ -238,4 +292,3 @@ def test_two_convolutions_in_two_strips():
     ]
     convolutions = [[int(v) for v in call.attrs.padding] for call in calls if call.op.name == "relax.nn.conv2d"]
     assert convolutions == [[1, 1, 0, 1], [1, 1, 0, 1], [0, 1, 1, 1], [0, 1, 0, 1]]
-    assert COUNTS[:2] == (1, 2)

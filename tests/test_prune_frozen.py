@@ -93,7 +93,7 @@ def test_frozen_batchnorms_are_folded_and_nothing_else_is() -> None:
     assert not read & {"0.weight", "1.running_mean", "6.weight", "7.running_var"}
     # With its own bias, where that is frozen.
     whole = graph.apply(tt.UpdatePlan(PLANS["classifier"])).module()
-    assert prepared(whole) >= {"3.weight:4", "3.weight:4:shift"}
+    assert prepared(whole) >= {"3.weight:4:3.bias", "3.weight:4:3.bias:shift"}
     assert ("parameter", "3.bias") not in signature.inputs(whole["train_step"])
     # The backward ends at the first trained layer: through the last convolution, not through the trained one.
     assert operators(module["train_step"])["tvmtrain.conv2d_dgrad"] == 1
@@ -166,3 +166,24 @@ def test_loss_of_a_plan_that_freezes_all_but_the_classifier_falls_as_in_pytorch(
         loss.backward()
         rule.step()
         assert step(x, y, lr=0.1) == pytest.approx(loss.item(), abs=1e-5)
+
+
+class Placed(nn.Module):
+    """What is added between convolution and BatchNorm has a number for each row, as many as there are channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.classifier = nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.Linear(8, CLASSES)
+        self.place = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.norm(self.conv(x) + self.place.view(1, 1, 8, 1)).mean((2, 3)))
+
+
+def test_what_is_added_along_rows_is_no_bias() -> None:
+    model, x = Placed().eval(), torch.randn(2, 3, 8, 8)
+    nn.init.normal_(model.norm.running_mean)
+    graph = tt.trace(model, x, torch.tensor([0, 1])).apply(tt.UpdatePlan({"classifier": tt.LayerUpdate()}))
+    np.testing.assert_allclose(
+        tt.build(graph, quick_device()).load().predict(x), model(x).detach().numpy(), rtol=1e-4, atol=1e-5
+    )

@@ -102,7 +102,7 @@ def test_what_would_need_another_large_tensor_is_kept():
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU6(), nn.SiLU()], ids=["relu6", "silu"])
-def test_a_trained_batchnorm_keeps_one_tensor_and_the_same_bits(activation, monkeypatch):
+def test_a_trained_batchnorm_keeps_one_tensor(activation, monkeypatch):
     torch.manual_seed(0)
     layers = [
         layer

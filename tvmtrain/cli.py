@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 LOSSES = ("cross_entropy", "mse", "bce_with_logits")
 INTERRUPTED = 130
+UNITS = {"KB": 2**10, "MB": 2**20}
 MODEL_HELP = "package.module:factory, path/to/file.py:factory, or a .pt2 or .onnx file"
 
 
@@ -227,16 +228,14 @@ def _whole(text: str) -> int:
 
 
 def _bytes(text: str) -> int:
-    number, unit = next(
-        ((text[: -len(u)], f) for u, f in (("KB", 2**10), ("MB", 2**20)) if text.upper().endswith(u)), (text, 1)
-    )
+    unit = next((size for suffix, size in UNITS.items() if text.upper().endswith(suffix)), 1)
     try:
-        size = int(float(number) * unit)
-    except ValueError:
-        size = 0
-    if size < 1:
+        count = int(float(text.upper().rstrip("KMB")) * unit)
+    except (ValueError, OverflowError):
+        count = 0
+    if count < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number of bytes, or one with KB or MB: 200000, 256KB, 1.5MB")
-    return size
+    return count
 
 
 def _numbers(text: str) -> tuple[float, ...]:

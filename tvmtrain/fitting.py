@@ -24,7 +24,7 @@ TRIES = 5
 
 
 def within(graph: TrainGraph, arena: int, device: str | Device) -> TrainGraph:
-    """``graph`` in strips such that no entry's arena takes more than ``arena`` bytes. Raises PlanError where none was found."""
+    """``graph`` in strips such that no arena of ``ENTRIES`` takes more than ``arena`` bytes. Raises PlanError where none was found."""
     device = targets.load(device) if isinstance(device, str) else device
     limit: int | None = None
     before = None
@@ -32,17 +32,17 @@ def within(graph: TrainGraph, arena: int, device: str | Device) -> TrainGraph:
     for _ in range(TRIES):
         fitted = replace(graph, strips=limit)
         module = _often(fitted.module())
-        if before is not None and structural_equal(module, before):
-            break
-        most, entry = max((size, name) for name, size in _arenas(module, device).items())
-        if most <= arena:
-            return fitted
-        found.append((most, entry))
+        if before is None or not structural_equal(module, before):
+            most, entry = max((size, name) for name, size in _arenas(module, device).items())
+            if most <= arena:
+                return fitted
+            found.append((most, entry))
         before, limit = module, arena if limit is None else limit * 3 // 4
     most, entry = min(found)
     raise PlanError(
-        f"arena: {entry!r} takes {most:,} bytes at least for {device.name}, wanted at most {arena:,}. Strips make smaller only what "
-        f"a plan freezes and what is computed row by row; train fewer or later layers, a smaller share of them, or smaller batches"
+        f"arena: {entry!r} takes {most:,} bytes at the least that was found for {device.name}, wanted at most {arena:,}. "
+        "Strips make smaller only what a plan freezes and what is computed row by row; train fewer or later layers, a smaller share of "
+        "them, or smaller batches"
     )
 
 

@@ -83,7 +83,7 @@ class TrainGraph:
         return applied
 
     def within(self, arena: int, device: str | Device = "host") -> TrainGraph:
-        """A new graph whose arena takes at most ``arena`` bytes on ``device``; this one is unchanged.
+        """A new graph whose ``train_step`` and ``predict`` have arenas of at most ``arena`` bytes on ``device``; this one is unchanged.
 
         Where the forward needs more, what is frozen of it is computed a few rows at a time, which takes longer. Raises PlanError if
         that is not enough, with the bytes that are. Lowers the step up to five times: some seconds each.

@@ -59,8 +59,9 @@ class _Conv:
 
     @property
     def pointwise(self) -> bool:
-        """One tap, one group and no padding: a matrix product over channels."""
-        return self.groups == 1 and all(a.kernel == 1 and a.before == 0 and a.size >= a.out for a in (self.rows, self.columns))
+        """One tap, one group, and no place on padding, before the image or behind it: a matrix product over channels."""
+        axes = (self.rows, self.columns)
+        return self.groups == 1 and all(a.kernel == 1 and a.before == 0 and (a.out - 1) * a.stride < a.size for a in axes)
 
 
 @dataclass(frozen=True)
