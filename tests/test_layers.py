@@ -17,7 +17,9 @@ ALLOWED: dict[str, set[str]] = {
     "artifact": {"errors", "runtime"},  # the runtime only when an artifact in memory is loaded
     "targets": {"errors"},
     "selection": {"artifact", "errors"},
-    "runtime": {"artifact", "errors", "selection"},
+    "gpu_code": set(),
+    "cuda_compiler": {"errors"},
+    "runtime": {"artifact", "errors", "gpu_code", "selection"},
     "console": set(),
     "data": {"artifact", "errors"},
     "training": {"artifact", "console", "data", "errors", "runtime"},
@@ -33,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "autodiff": {"filtering", "operators", "signature"},
     "passes": {"arena", "artifact", "autodiff", "errors", "filtering", "operators", "signature", "spec"},
     "report": {"operators", "passes", "signature"},
-    "lowering": {"filtering", "kernels", "passes", "pool_kernels", "schedules", "targets"},
+    "lowering": {"cuda_compiler", "filtering", "gpu_code", "kernels", "passes", "pool_kernels", "schedules", "targets"},
     "summarize": {"artifact", "lowering", "passes", "report", "targets"},
     "graph": {
         *("artifact", "autodiff", "converters", "errors", "importer", "passes", "report", "signature", "spec", "summarize"),
