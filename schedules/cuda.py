@@ -87,8 +87,9 @@ def schedule(func: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:
     sch = Schedule(func, error_render_level="none")
     forms: dict[str, Form] = {}
     if blocks := _blocks(sch):
+        before = set(_names(sch))
         sch, forms = _as_products(sch, blocks, device)
-        _inline(sch, {name for form in forms.values() for name in (*form.fetches, form.writer)})
+        _inline(sch, set(_names(sch)) - before)
     names = _names(sch)
     reducing = {name: _is_reduction(sch, name) for name in names}
     for name in sorted(names, key=lambda n: not reducing[n]):
@@ -164,14 +165,16 @@ def _inline(sch: Schedule, kept: set[str]) -> None:
                 sch.compute_inline(rv)
 
 
-def _finish(sch: Schedule, writer: SBlockRV) -> SBlockRV:
-    """``writer``, which brings results from registers to memory, with what is computed from them alone."""
+def _finish(sch: Schedule, rv: SBlockRV, at: LoopRV) -> None:
+    """Sum up in registers; the thread that has a result writes it, or what is computed from it alone."""
+    writer = sch.cache_write(rv, 0, "local")
+    # TVM 0.27 forgets the bounds of a consumer that was inlined before its producer moves.
+    sch.reverse_compute_at(writer, at)
     while len(consumers := sch.get_consumers(writer)) == 1 and not _is_reduction(sch, sch.get(consumers[0]).name_hint):
         try:
             sch.reverse_compute_inline(consumers[0])
         except FAILURES:
             break
-    return writer
 
 
 # --- Products -----------------------------------------------------------------------------------------------------------------
@@ -181,13 +184,12 @@ def _finish(sch: Schedule, writer: SBlockRV) -> SBlockRV:
 class Form:
     """How a product C[b, i, j] += A[b, k, i] * B[b, k, j] is computed.
 
-    ``fetches`` and ``writer`` are the names of the blocks that bring A and B to shared memory and C from registers. ``along``: for
-    A and for B, whether neighbours in memory differ in i or j (else in k).
+    ``fetches`` are the names of the blocks that bring A and B to shared memory. ``along``: for A and for B, whether neighbours in
+    memory differ in i or j (else in k).
     """
 
     tile: Tile
     fetches: tuple[str, str]
-    writer: str
     along: tuple[bool, bool]
 
 
@@ -264,11 +266,8 @@ def _as_product(sch: Schedule, block: Block, axes: _Axes, device: Device) -> tup
         shared = sch.cache_read(rv, read, SHARED)
         _inline_into(sch, shared, before)
         fetches.append(sch.get(shared).name_hint)
-    writer = sch.cache_write(rv, 0, "local")
-    if shape.parts == 1:
-        _finish(sch, writer)
     along = tuple(_neighbours(block, block.reads[read], mine) for read, mine in zip(reads, own, strict=True))
-    return sch.get(rv).name_hint, Form(shape, (fetches[0], fetches[1]), sch.get(writer).name_hint, (along[0], along[1]))
+    return sch.get(rv).name_hint, Form(shape, (fetches[0], fetches[1]), (along[0], along[1]))
 
 
 def _fused(block: Block, present: Sequence[int], groups: Sequence[Sequence[int]]) -> IndexMap:
@@ -331,9 +330,7 @@ def tile(sch: Schedule, block: Block, form: Form) -> bool:
         sch.unroll(loop)
     for name, along in zip(form.fetches, form.along, strict=True):
         _fetch(sch, sch.get_sblock(name), k0, along, shape)
-    writer = sch.get_sblock(form.writer)
-    _finish(sch, writer)
-    sch.reverse_compute_at(writer, j1)
+    _finish(sch, rv, j1)
     sch.decompose_reduction(rv, k0)
     return True
 
@@ -425,13 +422,12 @@ def _share_in_parts(sch: Schedule, rv: SBlockRV, block: Block, parts: int, devic
 def gather(sch: Schedule, block: Block, device: Device) -> bool:
     """One result for each thread, which adds up its terms alone."""
     rv = sch.get_sblock(block.name)
-    writer = _finish(sch, sch.cache_write(rv, 0, "local"))
     loops = sch.get_loops(rv)
     sums = [loops[a] for a in block.reductions]
     spatial = [loops[a] for a in block.spatial] or [sch.add_unit_loop(loops[0])]
     sch.reorder(*spatial, *sums)
     _, thread = _bind(sch, spatial)
-    sch.reverse_compute_at(writer, thread)
+    _finish(sch, rv, thread)
     sch.decompose_reduction(rv, sums[0])
     if prod(block.extents[a] for a in block.reductions) <= UNROLLED:
         for loop in sums:
@@ -457,7 +453,8 @@ def sweep(sch: Schedule, block: Block, device: Device) -> bool:
 
 def _bind(sch: Schedule, loops: Sequence[LoopRV], width: int = 1) -> tuple[LoopRV, LoopRV]:
     """The loops spread over blocks of threads, ``width`` neighbouring steps as one vector."""
-    place, thread, lane = sch.split(sch.fuse(*loops), factors=[None, THREADS, width])
+    line = sch.fuse(*loops)
+    place, thread, lane = sch.split(line, factors=[None, min(THREADS, _extent(sch, line)), width])
     sch.bind(place, "blockIdx.x")
     sch.bind(thread, "threadIdx.x")
     if width > 1:
