@@ -97,13 +97,18 @@ def describe(sch: Schedule, block: SBlockRV) -> Block | None:
 
 
 def _access(region: Any, variables: Sequence[Any], analyzer: sym.Analyzer) -> Access:
-    buffer = region.buffer if hasattr(region, "buffer") else region.source
+    buffer = buffer_of(region)
     index = tuple(analyzer.simplify(r.min) for r in region.region)
     place: Any = tirx.const(0, "int64")
     for dimension, i in zip(buffer.shape, index, strict=True):
         place = place * dimension + i
     place = analyzer.simplify(place)
     return Access(buffer, index, tuple(_stride(place, v) for v in variables))
+
+
+def buffer_of(region: Any) -> Any:
+    """The buffer of a region that a block reads or writes."""
+    return region.buffer if hasattr(region, "buffer") else region.source
 
 
 def _stride(place: Any, variable: Any) -> int | None:

@@ -22,18 +22,21 @@ from math import ceil, prod
 from typing import Any
 
 import tvm_ffi
-from tvm import tirx
+from tvm import s_tir, tirx
 from tvm.s_tir import Schedule, ScheduleError
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.tirx import IndexMap
 
-from tvmtrain.schedules.blocks import Access, Block, describe, merged, realize, uses, uses_variable
+from tvmtrain.schedules.blocks import Access, Block, buffer_of, describe, merged, realize, uses, uses_variable
 from tvmtrain.targets import Device
 
 THREADS = 256
 WARP = 32
 # Threads that a multiprocessor needs to hide the latency of its memory, roughly.
 BUSY = 512
+# Multiplications of a multiprocessor in one clock cycle, and the cycles it takes to start one more kernel, roughly.
+LANES = 128
+LAUNCH = 4000
 # Terms of a sum that one thread adds up alone.
 ALONE = 64
 # Statements that are written out instead of being looped over.
@@ -84,7 +87,7 @@ def schedule(func: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:
     """``func`` with every loop nest spread over threads; its results stay the same but for rounding."""
     if _has_threads(func):
         return func
-    sch = Schedule(func, error_render_level="none")
+    sch = Schedule(_rooted(func), error_render_level="none")
     forms: dict[str, Form] = {}
     if blocks := _blocks(sch):
         before = set(_names(sch))
@@ -107,6 +110,24 @@ def _has_threads(func: tirx.PrimFunc) -> bool:
     ]
     tvm_ffi.structural_walk(func.body, visits, order="post")
     return bool(found)
+
+
+def _rooted(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """``func`` as a row of loop nests: one block that has all of its loops inside (scatter) becomes a nest of one step."""
+    block = func.body.block
+    if block.name_hint == "root":
+        return func
+    body = tvm_ffi.structural_map(func.body, (tirx.For, _in_order))
+    nest = tirx.For(tirx.Var("one", "int64"), 0, 1, tirx.ForKind.SERIAL, body)
+    root = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", nest))
+    return tirx.PrimFunc(func.params, root, func.ret_type, func.attrs)
+
+
+def _in_order(loop: tirx.For) -> tirx.For:
+    """No core runs a GPU's loops beside another."""
+    if loop.kind != tirx.ForKind.PARALLEL:
+        return loop
+    return tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.SERIAL, loop.body)
 
 
 def _names(sch: Schedule) -> list[str]:
@@ -165,16 +186,28 @@ def _inline(sch: Schedule, kept: set[str]) -> None:
                 sch.compute_inline(rv)
 
 
-def _finish(sch: Schedule, rv: SBlockRV, at: LoopRV) -> None:
+def _finish(sch: Schedule, rv: SBlockRV, at: LoopRV) -> SBlockRV:
     """Sum up in registers; the thread that has a result writes it, or what is computed from it alone."""
     writer = sch.cache_write(rv, 0, "local")
     # TVM 0.27 forgets the bounds of a consumer that was inlined before its producer moves.
     sch.reverse_compute_at(writer, at)
-    while len(consumers := sch.get_consumers(writer)) == 1 and not _is_reduction(sch, sch.get(consumers[0]).name_hint):
+    while len(consumers := sch.get_consumers(writer)) == 1 and _one_to_one(sch, writer, consumers[0]):
         try:
             sch.reverse_compute_inline(consumers[0])
         except FAILURES:
             break
+    return writer
+
+
+def _one_to_one(sch: Schedule, writer: SBlockRV, consumer: SBlockRV) -> bool:
+    """Whether a block reads each result at most once; TVM 0.27 inlines others, too, which then miss most of their places."""
+    after = describe(sch, consumer)
+    if after is None or after.reduction:
+        return False
+    buffer = buffer_of(sch.get(writer).writes[0])
+    reads = [read for read in after.reads if read.buffer.same_as(buffer)]
+    moves = [stride for read in reads for stride, e in zip(read.strides, after.extents, strict=True) if e > 1]
+    return len(reads) == 1 and all(moves) and after.volume <= prod(int(d) for d in buffer.shape)
 
 
 # --- Products -----------------------------------------------------------------------------------------------------------------
@@ -302,12 +335,14 @@ def _tile(batch: int, rows: int, columns: int, depth: int, device: Device) -> Ti
     """The tile that should take the least time: much arithmetic for each load, little padding, and work for the whole GPU."""
 
     def cost(shape: Tile) -> float:
+        """Clock cycles, roughly."""
         blocks = batch * ceil(rows / shape.rows) * ceil(columns / shape.columns)
         loads = 1 / shape.each_row + 1 / shape.each_column
         fetched = 4 * (1 / shape.rows + 1 / shape.columns)
-        work = blocks * shape.rows * shape.columns * (ceil(depth / DEPTH) * DEPTH * (1 + loads + fetched) + 16 * (shape.parts > 1))
+        terms = ceil(depth / (DEPTH * shape.parts)) * DEPTH * shape.parts * (1 + loads + fetched)
+        work = blocks * shape.rows * shape.columns * (terms + (16 * shape.parts if shape.parts > 1 else 0))
         busy = min(1.0, blocks * shape.parts * shape.threads / (device.cores * BUSY))
-        return work / busy
+        return work / (busy * device.cores * LANES) + (LAUNCH if shape.parts > 1 else 0)
 
     most = max(1, min(PARTS, depth // SMALLEST_PART))
     parts = [p for p in (1, 2, 4, 8, 16, 32, 64) if p <= most]
@@ -330,9 +365,22 @@ def tile(sch: Schedule, block: Block, form: Form) -> bool:
         sch.unroll(loop)
     for name, along in zip(form.fetches, form.along, strict=True):
         _fetch(sch, sch.get_sblock(name), k0, along, shape)
-    _finish(sch, rv, j1)
+    _vectorize(sch, _finish(sch, rv, j1), block)
     sch.decompose_reduction(rv, k0)
     return True
+
+
+def _vectorize(sch: Schedule, writer: SBlockRV, block: Block) -> None:
+    """A thread writes its results side by side as vectors, if no bound cuts them."""
+    *rows, last = sch.get_loops(writer)[-2:]
+    for loop in rows:
+        sch.unroll(loop)
+    whole = isinstance(predicate := realize(sch, writer).predicate, tirx.IntImm) and bool(predicate.value)
+    words = all(str(r.buffer.ty.dtype).endswith("32") for r in block.reads)
+    if whole and words and "if_then_else" not in str(sch.get(writer).body) and _extent(sch, last) % 4 == 0:
+        last, lane = sch.split(last, factors=[None, 4])
+        sch.vectorize(lane)
+    sch.unroll(last)
 
 
 def _fetch(sch: Schedule, fetch: SBlockRV, at: LoopRV, along: bool, shape: Tile) -> None:
@@ -343,6 +391,8 @@ def _fetch(sch: Schedule, fetch: SBlockRV, at: LoopRV, along: bool, shape: Tile)
     size = _extent(sch, depth) * _extent(sch, own)
     if not along:
         sch.reorder(own, depth)
+        # Neighbouring threads write into different banks.
+        sch.storage_align(fetch, 0, -2, _extent(sch, own), 4)
     vector = 4 if along and not guarded and size % (4 * shape.threads) == 0 else 1
     line = sch.fuse(*((depth, own) if along else (own, depth)))
     columns = shape.columns // shape.each_column

@@ -26,8 +26,7 @@ def lower(mod: tvm.IRModule, device: Device) -> tvm.IRModule:
     """Relax operators become scheduled loops: ``call_tir`` of PrimFuncs, fused where one reads what another has just made."""
     steps = Sequential(
         [
-            relax.backend.DispatchSortScan(),
-            relax.transform.LegalizeOps(),
+            *_legalize(device),
             relax.transform.AnnotateTIROpPattern(),
             relax.transform.FoldConstant(),
             relax.transform.FuseOps(),
@@ -37,6 +36,13 @@ def lower(mod: tvm.IRModule, device: Device) -> tvm.IRModule:
     )
     with Target(dict(device.target)), PassContext(opt_level=3):
         return schedules.apply(steps(mod), device)
+
+
+def _legalize(device: Device) -> list[tvm.ir.transform.Pass]:
+    if device.gpu is None:
+        return [relax.backend.DispatchSortScan(), relax.transform.LegalizeOps()]
+    # TVM's running sum for GPUs has the threads of a warp read what others may not have written yet.
+    return [relax.transform.LegalizeOps({"relax.cumsum": kernels.legalize_running_sum})]
 
 
 def plan(mod: tvm.IRModule) -> tvm.IRModule:
