@@ -280,8 +280,8 @@ def _as_product(sch: Schedule, block: Block, axes: _Axes, device: Device) -> tup
     if any(block.write.strides[a] == 1 and block.extents[a] > 1 for a in axes.rows):
         axes, reads = _Axes(axes.batch, axes.columns, axes.rows, axes.summed), (1, 0)
     own = (axes.rows, axes.columns)
-    sizes = [axes.size(block, group) for group in ("batch", "rows", "columns", "summed")]
-    shape = _tile(*sizes, device)
+    batch, rows, columns, depth = (axes.size(block, group) for group in ("batch", "rows", "columns", "summed"))
+    shape = _tile(batch, rows, columns, depth, device)
     for read, mine in zip(reads, own, strict=True):
         made = sch.reindex(rv, ("read", read))
         used = [a for a in range(len(block.extents)) if uses(block.reads[read], block.variables[a])]

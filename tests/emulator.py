@@ -25,6 +25,11 @@ HERE = Path(__file__).parent / "emulated_gpu"
 KERNEL = re.compile(r'^extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\([^;{]*\) \{$', re.MULTILINE)
 
 
+def needed() -> bool:
+    """Whether this process has no GPU but, perhaps, the emulated one."""
+    return start.cache_info().currsize > 0 or not tvm.cuda(0).exist
+
+
 @functools.cache
 def start() -> None:
     """Give this process the emulated GPU: from then on ``tvm.cuda(0)`` exists."""

@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "artifact": {"errors", "runtime"},  # the runtime only when an artifact in memory is loaded
     "targets": {"errors"},
     "selection": {"artifact", "errors"},
-    "gpu_code": set(),
+    "gpu_code": {"errors"},
     "cuda_compiler": {"errors"},
     "runtime": {"artifact", "errors", "gpu_code", "selection"},
     "console": set(),

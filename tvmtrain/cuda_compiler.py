@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from tvmtrain.errors import DeviceError
@@ -82,11 +82,11 @@ def legal_names(source: str) -> str:
 
 def _candidates(arch: str) -> Iterator[Compiler]:
     if (nvcc := _nvcc()) and arch in _nvcc_architectures(nvcc):
-        yield Compiler(nvcc, lambda source, arch: _run_nvcc(nvcc, source, arch))
+        yield Compiler(nvcc, partial(_run_nvcc, nvcc))
     for path in _nvrtc_libraries():
         library = _nvrtc(path)
         if library is not None and int(arch.removeprefix("sm_")) in _nvrtc_architectures(path):
-            yield Compiler(path, lambda source, arch, library=library: _run_nvrtc(library, source, arch))
+            yield Compiler(path, partial(_run_nvrtc, library))
 
 
 # nvcc.
@@ -94,7 +94,9 @@ def _candidates(arch: str) -> Iterator[Compiler]:
 
 def _nvcc() -> str | None:
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(f"{home}/bin" for home in [*homes, "/usr/local/cuda"]))
+    return shutil.which("nvcc") or shutil.which(
+        "nvcc", path=os.pathsep.join(f"{home}/bin" for home in [*homes, "/usr/local/cuda"])
+    )
 
 
 @cache

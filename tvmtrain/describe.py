@@ -198,8 +198,9 @@ def devices() -> tuple[DeviceLine, ...]:
     has_compiler = importlib.util.find_spec("tvm.relax") is not None and os.environ.get("TVM_USE_RUNTIME_LIB") != "1"
     lines = []
     for name in targets.names():
-        if name == "host" and not has_compiler:
-            lines.append(DeviceLine(name, "this machine", artifact.machine(), os.cpu_count() or 1, False))
+        if name in ("host", "cuda") and not has_compiler:
+            description = "this machine" if name == "host" else "the NVIDIA GPU of this machine"
+            lines.append(DeviceLine(name, description, artifact.machine(), os.cpu_count() or 1, False))
             continue
         device = targets.load(name)
         # Another processor's code can be generated here, but linking it takes that processor's linker.

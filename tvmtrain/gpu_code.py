@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+from functools import cache
 
 from tvm_ffi import get_global_func, register_global_func
+
+from tvmtrain.errors import DeviceError
 
 _MARK = "tvmtrain machine code\n"
 
@@ -18,11 +21,14 @@ def from_text(text: str) -> bytes | None:
     return base64.b64decode(text.removeprefix(_MARK)) if text.startswith(_MARK) else None
 
 
+@cache
 def teach_tvm() -> None:
     """Where TVM would have CUDA source compiled, it gets the machine code of such a text."""
     hook = "tvm_callback_cuda_compile"
-    compile_source = get_global_func(hook, allow_missing=True)
-    if getattr(teach_tvm, "done", False):
-        return
+    # A device has no such function.
+    compile_source = get_global_func(hook, allow_missing=True) or _no_compiler
     register_global_func(hook, lambda text: from_text(text) or compile_source(text), override=True)
-    teach_tvm.done = True  # type: ignore[attr-defined]
+
+
+def _no_compiler(_: str) -> bytes:
+    raise DeviceError("this is CUDA source, and there is no compiler for it here: build it with tvmtrain, which compiles it")

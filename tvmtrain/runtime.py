@@ -1,9 +1,9 @@
 """Run a compiled training step: TVM's runtime and NumPy, neither PyTorch nor a compiler.
 
-The state (parameters, buffers, optimizer, random numbers) stays in TVM's tensors between steps, on a GPU if the code is for one:
-then batches go there, and the loss comes back. A compiled step overwrites it in
-place, unless the loss is NaN or infinite: then it writes the old values again (``passes.guard_state``). Data are checked before,
-and an interrupt waits until the step and its number are one.
+The state (parameters, buffers, optimizer, random numbers) stays in TVM's tensors between steps, on the GPU if the code is for
+one: then a batch goes there, and a loss comes back. A compiled step overwrites it in place, unless the loss is NaN or infinite:
+then it writes the old values again (``passes.guard_state``). Data are checked before, and an interrupt waits until the step and
+its number are one.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> TrainStep:
     Raises ``ArtifactError`` for anything damaged, foreign or incomplete, before native code is loaded.
     """
     stored = artifact.read(path)
+    _place(stored.manifest)
     return TrainStep(_load_library(stored.library), stored.manifest, stored.state, threads)
 
 
@@ -138,7 +139,11 @@ class TrainStep:
         """
         entry = self.manifest.named["train_step"]
         given = self._batch(entry, x, y) | self._chosen(channels, update=True)
-        given |= {spec.key: self._tensor(_rate(self.manifest.lr if lr is None else lr, spec)) for spec in entry.inputs if spec.role == "rate"}
+        given |= {
+            spec.key: self._tensor(_rate(self.manifest.lr if lr is None else lr, spec))
+            for spec in entry.inputs
+            if spec.role == "rate"
+        }
         with _uninterrupted():
             results = self._run(entry, given)
             loss = next(float(value.numpy()) for spec, value in results if spec.role == "loss")
