@@ -16,10 +16,8 @@ import tempfile
 from pathlib import Path
 
 import tvm
-from tvm.base import _LOADED_LIBS
-from tvm_ffi.libinfo import load_lib_ctypes
 
-from tvmtrain import cuda_compiler
+from tvmtrain import cuda_compiler, runtime
 
 HERE = Path(__file__).parent / "emulated_gpu"
 KERNEL = re.compile(r'^extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\([^;{]*\) \{$', re.MULTILINE)
@@ -40,8 +38,8 @@ def start() -> None:
         _compile(HERE / "driver.cc", library, [f"-Wl,-soname,{name}", *options])
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
     shutil.rmtree(folder)
-    runtime = Path(_LOADED_LIBS["tvm_runtime"]._name).resolve().parent
-    _LOADED_LIBS["tvm_runtime_cuda"] = load_lib_ctypes("tvm", "tvm_runtime_cuda", "RTLD_LOCAL", extra_lib_paths=[runtime])
+    runtime.load_gpu_runtime.cache_clear()
+    runtime.load_gpu_runtime()
     assert tvm.cuda(0).exist
 
 

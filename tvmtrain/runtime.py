@@ -8,6 +8,7 @@ its number are one.
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import math
 import os
@@ -18,8 +19,9 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -49,8 +51,10 @@ def _without_torch() -> Iterator[None]:
 
 with _without_torch():
     import tvm
+    from tvm.libinfo import package_lib_paths
     from tvm.runtime.vm import VirtualMachine
     from tvm_ffi import get_global_func
+    from tvm_ffi.libinfo import load_lib_ctypes
 
 # TVM's pool narrows the affinity of the thread that starts it, so what this process may use is asked before that.
 _CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
@@ -476,6 +480,7 @@ def _place(manifest: Manifest) -> Any:
     """What computes: this machine's first NVIDIA GPU or its processor."""
     if not artifact.on_gpu(manifest):
         return tvm.cpu()
+    load_gpu_runtime()
     if not (gpu := tvm.cuda(0)).exist:
         name = manifest.device.get("name", "?")
         raise DeviceError(
@@ -483,6 +488,17 @@ def _place(manifest: Manifest) -> Any:
             "(libcuda.so.1) and CUDA's runtime (libcudart.so.13) where the system's loader looks, by LD_LIBRARY_PATH for example"
         )
     return gpu
+
+
+@cache
+def load_gpu_runtime() -> None:
+    """TVM's part for NVIDIA GPUs, which its runtime alone leaves out; nothing happens where it or CUDA's runtime is missing."""
+    for folder in sys.path:
+        # What PyPI's packages bring is not where the loader looks.
+        for path in Path(folder).glob("nvidia/*/lib/libcudart.so.13"):
+            ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+    with suppress(OSError, RuntimeError):
+        load_lib_ctypes("tvm", "tvm_runtime_cuda", "RTLD_LOCAL", extra_lib_paths=package_lib_paths())
 
 
 def _functions(module: Any, manifest: Manifest, place: Any) -> dict[str, Any]:
