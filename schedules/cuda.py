@@ -173,15 +173,15 @@ def _fit(sch: Schedule, name: str, form: Form | None, device: Device) -> Schedul
 
 
 def _inline(sch: Schedule, kept: set[str]) -> None:
-    """Compute values where they are read, but for blocks ``kept`` and what costs much and is read more often than it is made."""
+    """Compute values where they are read, but for blocks ``kept``, and for roots and exponentials that a sum would read repeatedly."""
     for name in _names(sch):
         rv = sch.get_sblock(name)
         block = describe(sch, rv)
         if block is None or block.reduction or name in kept:
             continue
-        consumers = [describe(sch, consumer) for consumer in sch.get_consumers(rv)]
-        costly = block.expensive and sum(c.volume for c in consumers if c) > block.volume
-        if consumers and not costly:
+        readers = [(sch.get(c).name_hint in kept, describe(sch, c)) for c in sch.get_consumers(rv)]
+        repeated = any(fetches or reader is None or (reader.reduction and reader.volume > block.volume) for fetches, reader in readers)
+        if readers and not (block.expensive and repeated):
             with suppress(*FAILURES):
                 sch.compute_inline(rv)
 
@@ -421,13 +421,13 @@ def share(sch: Schedule, block: Block, device: Device) -> bool:
     spatial = [loops[a] for a in block.spatial if a != across]
     sch.reorder(*spatial, *([loops[across]] if across is not None else []), sums)
     if across is None:
-        _share_rows(sch, spatial or [sch.add_unit_loop(sums)], sums, terms)
+        _share_rows(sch, rv, spatial or [sch.add_unit_loop(sums)], sums, terms)
     else:
         _share_columns(sch, spatial, loops[across], sums)
     return True
 
 
-def _share_rows(sch: Schedule, spatial: Sequence[LoopRV], sums: LoopRV, terms: int) -> None:
+def _share_rows(sch: Schedule, rv: SBlockRV, spatial: Sequence[LoopRV], sums: LoopRV, terms: int) -> None:
     """Neighbouring threads add neighbouring terms: a warp for each of several short sums, or a block for a long one."""
     width = WARP if terms <= 8 * WARP else THREADS
     place, y = sch.split(sch.fuse(*spatial), factors=[None, THREADS // width])
@@ -436,6 +436,16 @@ def _share_rows(sch: Schedule, spatial: Sequence[LoopRV], sums: LoopRV, terms: i
     sch.bind(place, "blockIdx.x")
     sch.bind(y, "threadIdx.y")
     sch.bind(x, "threadIdx.x")
+    _finish_shared(sch, rv, y)
+
+
+def _finish_shared(sch: Schedule, rv: SBlockRV, at: LoopRV) -> None:
+    """What is computed from a sum alone is computed where the sum is, by each of its threads."""
+    consumers = sch.get_consumers(rv)
+    if len(consumers) == 1 and _one_to_one(sch, rv, consumers[0]):
+        with suppress(*FAILURES):
+            sch.reverse_compute_at(consumers[0], at)
+            sch.set_scope(rv, 0, SHARED)
 
 
 def _share_columns(sch: Schedule, spatial: Sequence[LoopRV], across: LoopRV, sums: LoopRV) -> None:
