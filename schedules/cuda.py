@@ -180,7 +180,9 @@ def _inline(sch: Schedule, kept: set[str]) -> None:
         if block is None or block.reduction or name in kept:
             continue
         readers = [(sch.get(c).name_hint in kept, describe(sch, c)) for c in sch.get_consumers(rv)]
-        repeated = any(fetches or reader is None or (reader.reduction and reader.volume > block.volume) for fetches, reader in readers)
+        repeated = any(
+            fetches or reader is None or (reader.reduction and reader.volume > block.volume) for fetches, reader in readers
+        )
         if readers and not (block.expensive and repeated):
             with suppress(*FAILURES):
                 sch.compute_inline(rv)
@@ -365,19 +367,18 @@ def tile(sch: Schedule, block: Block, form: Form) -> bool:
         sch.unroll(loop)
     for name, along in zip(form.fetches, form.along, strict=True):
         _fetch(sch, sch.get_sblock(name), k0, along, shape)
-    _vectorize(sch, _finish(sch, rv, j1), block)
+    _vectorize(sch, _finish(sch, rv, j1))
     sch.decompose_reduction(rv, k0)
     return True
 
 
-def _vectorize(sch: Schedule, writer: SBlockRV, block: Block) -> None:
-    """A thread writes its results side by side as vectors, if no bound cuts them."""
+def _vectorize(sch: Schedule, writer: SBlockRV) -> None:
+    """A thread writes its results side by side as vectors, if no bound cuts them and nothing but words is read with them."""
     *rows, last = sch.get_loops(writer)[-2:]
     for loop in rows:
         sch.unroll(loop)
     whole = isinstance(predicate := realize(sch, writer).predicate, tirx.IntImm) and bool(predicate.value)
-    words = all(str(r.buffer.ty.dtype).endswith("32") for r in block.reads)
-    if whole and words and "if_then_else" not in str(sch.get(writer).body) and _extent(sch, last) % 4 == 0:
+    if whole and _plain_words(sch, writer) and _extent(sch, last) % 4 == 0:
         last, lane = sch.split(last, factors=[None, 4])
         sch.vectorize(lane)
     sch.unroll(last)
@@ -385,7 +386,7 @@ def _vectorize(sch: Schedule, writer: SBlockRV, block: Block) -> None:
 
 def _fetch(sch: Schedule, fetch: SBlockRV, at: LoopRV, along: bool, shape: Tile) -> None:
     """All threads of a block copy one tile into shared memory, neighbours in memory by neighbouring threads."""
-    guarded = "if_then_else" in str(sch.get(fetch).body)
+    whole = _plain_words(sch, fetch)
     sch.compute_at(fetch, at, preserve_unit_loops=True)
     depth, own = sch.get_loops(fetch)[-2:]
     size = _extent(sch, depth) * _extent(sch, own)
@@ -393,7 +394,7 @@ def _fetch(sch: Schedule, fetch: SBlockRV, at: LoopRV, along: bool, shape: Tile)
         sch.reorder(own, depth)
         # Neighbouring threads write into different banks.
         sch.storage_align(fetch, 0, -2, _extent(sch, own), 4)
-    vector = 4 if along and not guarded and size % (4 * shape.threads) == 0 else 1
+    vector = 4 if along and whole and size % (4 * shape.threads) == 0 else 1
     line = sch.fuse(*((depth, own) if along else (own, depth)))
     columns = shape.columns // shape.each_column
     _, y, x, lane = sch.split(line, factors=[None, shape.threads // columns, columns, vector])
@@ -505,7 +506,7 @@ def sweep(sch: Schedule, block: Block, device: Device) -> bool:
         loops = [sch.add_unit_loop(sch.get_sblock(block.name))]
     run = min(merged(a, block.extents) for a in block.accesses)
     size = prod(block.extents[len(block.extents) - run :])
-    words = all(str(a.buffer.ty.dtype).endswith("32") for a in block.accesses)
+    words = all(_word(access.buffer) for access in block.accesses)
     width = device.lanes() if words and size % device.lanes() == 0 and block.volume >= VECTORS * device.cores else 1
     _bind(sch, loops, width)
     return True
@@ -520,6 +521,17 @@ def _bind(sch: Schedule, loops: Sequence[LoopRV], width: int = 1) -> tuple[LoopR
     if width > 1:
         sch.vectorize(lane)
     return place, thread
+
+
+def _plain_words(sch: Schedule, rv: SBlockRV) -> bool:
+    """Whether a block reads and writes nothing but words, and none of them under a condition."""
+    source = sch.get(rv)
+    return all(_word(buffer_of(r)) for r in (*source.reads, *source.writes)) and "if_then_else" not in str(source.body)
+
+
+def _word(buffer: Any) -> bool:
+    """Whether a buffer's elements are four bytes each: vectors of bytes and truth values are not worth what they risk."""
+    return str(buffer.ty.dtype) in ("float32", "int32", "uint32")
 
 
 def _extent(sch: Schedule, loop: LoopRV) -> int:

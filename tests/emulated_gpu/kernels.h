@@ -33,6 +33,7 @@ template <class T> struct alignas(4 * sizeof(T)) Vector4 { T x, y, z, w; };
   static inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 VECTORS(float, float) VECTORS(double, double) VECTORS(int, int) VECTORS(long long, longlong)
 VECTORS(unsigned, uint) VECTORS(unsigned char, uchar) VECTORS(signed char, char) VECTORS(short, short)
+VECTORS(unsigned short, ushort) VECTORS(long, long)
 
 static inline float __int_as_float(int bits) { float value; return memcpy(&value, &bits, 4), value; }
 static inline int __float_as_int(float value) { int bits; return memcpy(&bits, &value, 4), bits; }
