@@ -1,15 +1,15 @@
 """The schedule of every kernel on an NVIDIA GPU: products in tiles of shared memory, sums by many threads, results side by side.
 
-``schedule`` first turns each product (a convolution, one of its gradients, a matrix product) into C[b, i, j] += A[b, i, k] *
-B[b, j, k], whatever its axes are, and inlines what is cheap. Then each block of a PrimFunc gets the first of these that fits it:
+``schedule`` first turns each product (a convolution, one of its gradients, a matrix product) into C[b, i, j] += A[b, k, i] *
+B[b, k, j], whatever its axes are, and inlines what is cheap. Then each block of a PrimFunc gets the first of these that fits it:
 
 1. tile: a product. A tile of A and one of B lie in shared memory while a tile of C is summed up in registers.
 2. share: a sum with few results or many terms (column sums, softmax). The threads of a block have a partial sum each.
 3. gather: a sum of few terms (depthwise convolutions, pooling). Each thread makes one result.
 4. sweep: one result for each place (elementwise, padding, copies), vectors of them where memory is contiguous.
 
-What none of them fits runs in plain loops, as parallel as its axes say (``spread``). Every kernel is bound to threads: on a GPU
-there is no other memory that a kernel may touch. All arithmetic is in the dtypes of the model: tensor cores would round float32.
+What none of them fits runs in plain loops, as parallel as its axes say (``plain``): without threads, a GPU would run no kernel. All
+arithmetic is in the dtypes of the model: tensor cores round float32 to 10 bits (TF32), which three products in place of one could undo.
 """
 
 from __future__ import annotations
