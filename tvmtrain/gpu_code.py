@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 from functools import cache
 
-from tvm_ffi import get_global_func, register_global_func
-
 from tvmtrain.errors import DeviceError
 
 _MARK = "tvmtrain machine code\n"
@@ -24,6 +22,9 @@ def from_text(text: str) -> bytes | None:
 @cache
 def teach_tvm() -> None:
     """Where TVM would have CUDA source compiled, it gets the machine code of such a text."""
+    # Not before the runtime has seen to it that this import does not bring PyTorch along.
+    from tvm_ffi import get_global_func, register_global_func
+
     hook = "tvm_callback_cuda_compile"
     # A device has no such function.
     compile_source = get_global_func(hook, allow_missing=True) or _no_compiler
