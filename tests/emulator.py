@@ -35,7 +35,7 @@ def start() -> None:
     (folder / "versions").write_text("libcudart.so.13 { global: cuda*; };")
     for name, options in (("libcudart.so.13", [f"-Wl,--version-script={folder / 'versions'}"]), ("libcuda.so.1", [])):
         library = folder / name
-        _compile(HERE / "driver.cc", library, [f"-Wl,-soname,{name}", *options])
+        compile_library(HERE / "driver.cc", library, [f"-Wl,-soname,{name}", *options])
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
     shutil.rmtree(folder)
     runtime.load_gpu_runtime.cache_clear()
@@ -57,12 +57,13 @@ def compile_source(source: str, _arch: str = "") -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         text, library = Path(folder) / "kernels.cc", Path(folder) / "kernels.so"
         text.write_text("\n".join(lines))
-        _compile(text, library, [f"-I{HERE}", "-w", "-fno-strict-aliasing"])
+        compile_library(text, library, [f"-I{HERE}", "-w", "-fno-strict-aliasing"])
         code = library.read_bytes()
     return struct.pack("<Q", len(code)) + code
 
 
-def _compile(source: Path, library: Path, options: list[str]) -> None:
+def compile_library(source: Path, library: Path, options: list[str]) -> None:
+    """Raises ``AssertionError`` with what g++ said."""
     command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", str(source), "-o", str(library), *options, "-ldl"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr[:2000]

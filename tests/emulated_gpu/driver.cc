@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <map>
 #include <string>
 
 #define API extern "C" __attribute__((visibility("default"))) int
@@ -20,8 +21,20 @@ struct Config {  // CUlaunchConfig
 struct Kernel {
   void* run;
   int synchronizes;
-  void (*launch)(void*, void**, int, const unsigned*, const unsigned*);
+  int (*launch)(void*, void**, int, const unsigned*, const unsigned*);
 };
+
+// Behind everything that is allocated lies a border that no kernel may touch.
+constexpr size_t BORDER = 256;
+constexpr unsigned char MARK = 0xa5;
+std::map<unsigned char*, size_t> allocated;
+
+bool intact(unsigned char* place, size_t size) {
+  for (size_t i = 0; i < BORDER; i++)
+    if (place[size + i] != MARK) return false;
+  return true;
+}
+
 double* now(void* event) { return static_cast<double*>(event); }
 }  // namespace
 
@@ -44,13 +57,18 @@ API cudaDeviceGetAttribute(int* value, int which, int) {
 }
 API cudaGetDeviceProperties(void* properties, int) { return memset(properties, 0, 512), 0; }
 API cudaMalloc(void** place, size_t size) {
-  *place = aligned_alloc(256, (size + 255) / 256 * 256 + 256);
-  memset(*place, 0xff, size);  // NaN: what nobody has written is seen
-  return 0;
+  auto bytes = static_cast<unsigned char*>(aligned_alloc(256, (size + BORDER + 255) / 256 * 256));
+  memset(bytes, 0xff, size);  // NaN: what nobody has written is seen
+  memset(bytes + size, MARK, BORDER);
+  allocated[bytes] = size;
+  return *place = bytes, 0;
 }
 API cudaMallocHost(void** place, size_t size) { return cudaMalloc(place, size); }
-API cudaFree(void* place) { return free(place), 0; }
-API cudaFreeHost(void* place) { return free(place), 0; }
+API cudaFree(void* place) {
+  allocated.erase(static_cast<unsigned char*>(place));
+  return free(place), 0;
+}
+API cudaFreeHost(void* place) { return cudaFree(place); }
 API cudaMemGetInfo(size_t* available, size_t* total) { return *available = *total = size_t(4) << 30, 0; }
 API cudaMemcpyAsync(void* to, const void* from, size_t size, int, void*) { return memmove(to, from, size), 0; }
 API cudaMemcpyPeerAsync(void* to, int, const void* from, int, size_t size, void*) { return memmove(to, from, size), 0; }
@@ -113,6 +131,8 @@ API cuLaunchKernelEx(const Config* config, void* function, void** arguments, voi
   size_t threads = size_t(config->block[0]) * config->block[1] * config->block[2];
   bool fits = threads >= 1 && threads <= 1024 && config->grid[1] < 65536 && config->grid[2] < 65536;
   if (!fits || config->grid[0] > 0x7fffffffu) return 1;  // invalid value
-  kernel->launch(kernel->run, arguments, kernel->synchronizes, config->grid, config->block);
-  return 0;
+  int error = kernel->launch(kernel->run, arguments, kernel->synchronizes, config->grid, config->block);
+  for (auto& [place, size] : allocated)
+    if (!intact(place, size)) error = 700;  // illegal address
+  return error;
 }

@@ -74,7 +74,8 @@ static void turn(int thread) {
   threads[thread].started = true;
   setcontext(&threads[thread].context);
 }
-static void run_together(int count) {
+// Whether every thread that others wait for came to wait, too.
+static bool run_together(int count) {
   static char* stacks = static_cast<char*>(
       mmap(nullptr, MOST * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   for (int i = 0; i < count; i++) {
@@ -91,10 +92,11 @@ static void run_together(int count) {
     for (int i = 0; i < count; i++)
       if (int thread = round % 2 ? count - 1 - i : i; threads[thread].state == RUNNING) turn(thread);
     for (int i = 0; i < count; i++) left += threads[i].state != DONE, ready += threads[i].state == RUNNING;
-    if (!ready)
-      for (int i = 0; i < count; i++)
-        if (threads[i].state == WAITING) threads[i].state = RUNNING;
+    if (ready || !left) continue;
+    if (left < count) return false;
+    for (int i = 0; i < count; i++) threads[i].state = RUNNING;
   }
+  return true;
 }
 template <class T> static T exchange(T value, int from) {
   memcpy(&slots[current], &value, sizeof value);
@@ -110,7 +112,7 @@ template <class... A, size_t... I> void call(void (*kernel)(A...), void** p, std
 template <class... A> void call(void (*kernel)(A...), void** p) { call(kernel, p, std::index_sequence_for<A...>{}); }
 }  // namespace emulated
 
-extern "C" void emulated_launch(void* run, void** arguments, int synchronizes, const unsigned* grid, const unsigned* block) {
+extern "C" int emulated_launch(void* run, void** arguments, int synchronizes, const unsigned* grid, const unsigned* block) {
   using namespace emulated;
   body = reinterpret_cast<void (*)(void**)>(run), given = arguments;
   gridDim = {grid[0], grid[1], grid[2]}, blockDim = {block[0], block[1], block[2]};
@@ -118,13 +120,14 @@ extern "C" void emulated_launch(void* run, void** arguments, int synchronizes, c
     for (blockIdx.y = 0; blockIdx.y < gridDim.y; blockIdx.y++)
       for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++) {
         if (synchronizes) {
-          run_together(blockDim.x * blockDim.y * blockDim.z);
+          if (!run_together(blockDim.x * blockDim.y * blockDim.z)) return 719;  // launch failure
           continue;
         }
         for (threadIdx.z = 0; threadIdx.z < blockDim.z; threadIdx.z++)
           for (threadIdx.y = 0; threadIdx.y < blockDim.y; threadIdx.y++)
             for (threadIdx.x = 0; threadIdx.x < blockDim.x; threadIdx.x++) body(given);
       }
+  return 0;
 }
 
 static inline void __syncthreads() { emulated::pause(emulated::WAITING); }
