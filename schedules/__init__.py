@@ -5,14 +5,15 @@ from __future__ import annotations
 import tvm
 from tvm import tirx
 
-from tvmtrain.schedules import cpu
+from tvmtrain.schedules import cpu, cuda
 from tvmtrain.targets import Device
 
 
 def apply(mod: tvm.IRModule, device: Device) -> tvm.IRModule:
     """``mod`` with every PrimFunc scheduled for ``device``; one that no template fits keeps its plain loops."""
+    schedule = cuda.schedule if device.gpu else cpu.schedule
     scheduled = {
-        name: cpu.schedule(function, device) for name, function in mod.functions_items() if isinstance(function, tirx.PrimFunc)
+        name: schedule(function, device) for name, function in mod.functions_items() if isinstance(function, tirx.PrimFunc)
     }
     result = mod.clone()
     for name, function in scheduled.items():

@@ -17,7 +17,7 @@ from tvm_ffi import get_global_func
 # Calls that cost more than reading their result back from memory.
 EXPENSIVE = ("exp", "log", "sqrt", "rsqrt", "pow", "tanh", "erf", "sigmoid", "sin", "cos")
 
-_realize = get_global_func("s_tir.schedule.GetSBlockRealize")
+realize = get_global_func("s_tir.schedule.GetSBlockRealize")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def describe(sch: Schedule, block: SBlockRV) -> Block | None:
     """The block, axes in the order of its loops; None where its loops are not plainly its axes, or its extents are not numbers."""
     source = sch.get(block)
     loops = [sch.get(loop) for loop in sch.get_loops(block)]
-    values = list(_realize(sch, block).iter_values)
+    values = list(realize(sch, block).iter_values)
     order = [next((i for i, v in enumerate(values) if v.same_as(loop.loop_var)), -1) for loop in loops]
     # An axis of one step needs no loop.
     unbound = set(range(len(values))) - set(order)
@@ -97,7 +97,7 @@ def describe(sch: Schedule, block: SBlockRV) -> Block | None:
 
 
 def _access(region: Any, variables: Sequence[Any], analyzer: sym.Analyzer) -> Access:
-    buffer = region.buffer if hasattr(region, "buffer") else region.source
+    buffer = buffer_of(region)
     index = tuple(analyzer.simplify(r.min) for r in region.region)
     place: Any = tirx.const(0, "int64")
     for dimension, i in zip(buffer.shape, index, strict=True):
@@ -106,9 +106,38 @@ def _access(region: Any, variables: Sequence[Any], analyzer: sym.Analyzer) -> Ac
     return Access(buffer, index, tuple(_stride(place, v) for v in variables))
 
 
+def buffer_of(region: Any) -> Any:
+    """The buffer of a region that a block reads or writes."""
+    return region.buffer if hasattr(region, "buffer") else region.source
+
+
 def _stride(place: Any, variable: Any) -> int | None:
     linear = sym.detect_linear_equation(place, [variable])
     return int(linear[0]) if len(linear) and isinstance(linear[0], tirx.IntImm) else None
+
+
+def uses(access: Access, variable: Any) -> bool:
+    """Whether the place of an access depends on a variable."""
+    return any(uses_variable(index, variable) for index in access.index)
+
+
+def uses_variable(expression: Any, variable: Any) -> bool:
+    return any(e.same_as(variable) for e in _expressions(expression) if isinstance(e, tvm.runtime.Object))
+
+
+def merged(access: Access, extents: Sequence[int]) -> int:
+    """How many of the last axes are one contiguous run in the buffer, or leave the place unchanged."""
+    count = 0
+    expected = 1
+    still = None
+    for stride, extent in zip(reversed(access.strides), reversed(extents), strict=True):
+        if extent > 1:
+            if stride not in (0, expected) or (still is not None and still != (stride == 0)):
+                break
+            still = stride == 0
+            expected *= extent
+        count += 1
+    return count
 
 
 def _expressions(node: Any) -> Iterator[Any]:

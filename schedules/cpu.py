@@ -23,7 +23,7 @@ from tvm.s_tir import Schedule, ScheduleError
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.tirx import IndexMap
 
-from tvmtrain.schedules.blocks import Access, Block, describe
+from tvmtrain.schedules.blocks import Access, Block, describe, merged
 from tvmtrain.targets import Device
 
 # Below this many steps, starting the other threads costs more than they save.
@@ -305,7 +305,7 @@ def _merged_epilogue(sch: Schedule, after: Block, access: Access) -> SBlockRV | 
     """A consumer over (.., h, w) of results over (.., h*W + w), with h and w made one axis."""
     *head, height, width = after.extents
     sizes = [int(d) for d in access.buffer.shape]
-    if len(after.extents) < 3 or sizes != [*head, height * width] or _merged(access, after.extents) < 2:
+    if len(after.extents) < 3 or sizes != [*head, height * width] or merged(access, after.extents) < 2:
         return None
     rv = sch.get_sblock(after.name)
     merge = IndexMap.from_func(lambda *i: [*i[:-2], i[-2] * width + i[-1]], ndim=len(after.extents), index_dtype="int64")
@@ -372,7 +372,7 @@ def _run(block: Block) -> int:
         if not reduced:
             break
         trailing += 1
-    return min(trailing, *(_merged(r, block.extents) for r in block.reads)) if block.reads else 0
+    return min(trailing, *(merged(r, block.extents) for r in block.reads)) if block.reads else 0
 
 
 def _parts(block: Block, device: Device) -> int | None:
@@ -407,13 +407,13 @@ def sweep(sch: Schedule, block: Block, device: Device) -> bool:
     if list(block.spatial) != list(range(spatial)):
         return False
     loops = sch.get_loops(sch.get_sblock(block.name))
-    merged = 0 if block.reduction else min(_merged(a, block.extents) for a in block.accesses)
-    head = loops[: spatial - merged]
-    if merged:
-        size = prod(block.extents[spatial - merged :])
-        line = sch.fuse(*loops[spatial - merged :]) if merged > 1 else loops[-1]
+    together = 0 if block.reduction else min(merged(a, block.extents) for a in block.accesses)
+    head = loops[: spatial - together]
+    if together:
+        size = prod(block.extents[spatial - together :])
+        line = sch.fuse(*loops[spatial - together :]) if together > 1 else loops[-1]
         width = _lanes(size, device) or 1
-        parts = _chunks(size, width, prod(block.extents[: spatial - merged]), device)
+        parts = _chunks(size, width, prod(block.extents[: spatial - together]), device)
         part, _, lane = sch.split(line, factors=[parts, None, width])
         if width > 1:
             sch.vectorize(lane)
@@ -448,21 +448,6 @@ def _chunks(size: int, width: int, outside: int, device: Device) -> int:
         return 1
     count = size // width
     return next((c for c in (4 * device.cores, 2 * device.cores, device.cores) if count % c == 0), 1)
-
-
-def _merged(access: Access, extents: Sequence[int]) -> int:
-    """How many of the last axes are one contiguous run in the buffer, or leave the place unchanged."""
-    count = 0
-    expected = 1
-    still = None
-    for stride, extent in zip(reversed(access.strides), reversed(extents), strict=True):
-        if extent > 1:
-            if stride not in (0, expected) or (still is not None and still != (stride == 0)):
-                break
-            still = stride == 0
-            expected *= extent
-        count += 1
-    return count
 
 
 def _extent(sch: Schedule, loop: LoopRV) -> int:

@@ -1,6 +1,6 @@
 """Devices a training step can be compiled for: one TOML file each, beside this module.
 
-``host`` is the machine at hand; what its file leaves out is detected.
+``host`` is the machine at hand, and ``cuda`` its NVIDIA GPU; what their files leave out is detected.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,9 @@ class Caches:
 class Device:
     """Where a step runs, and what its schedules need to know of the place.
 
-    ``target`` is what ``tvm.target.Target`` accepts; ``cores`` are physical ones; ``vector_bits`` and ``vector_registers`` describe
-    one SIMD unit; ``memory`` is in bytes, 0 where unknown.
+    ``target`` is what ``tvm.target.Target`` accepts; ``arch`` is the processor's, beside a GPU too; ``cores`` are physical ones, or a
+    GPU's multiprocessors; ``vector_bits`` and ``vector_registers`` describe one SIMD unit, or what a GPU's thread loads at once;
+    ``memory`` is in bytes, 0 where unknown.
     """
 
     name: str
@@ -56,6 +57,11 @@ class Device:
                 f"device {self.name!r}: cores={self.cores}, vector_bits={self.vector_bits}, vector_registers="
                 f"{self.vector_registers}; want at least 1 core, 64 bits and 8 registers"
             )
+
+    @property
+    def gpu(self) -> str | None:
+        """The architecture of the NVIDIA GPU that the kernels run on, such as ``sm_87``; None where a processor runs them."""
+        return str(self.target["arch"]) if self.target.get("kind") == "cuda" else None
 
     def lanes(self, bits: int = 32) -> int:
         """How many elements of ``bits`` bits one vector register holds."""
@@ -90,9 +96,18 @@ def load(name: str) -> Device:
         hint = f"did you mean {', '.join(near)}?" if near else "none is similar"
         raise DeviceError(f"no device named {name!r}: {hint} Known: {', '.join(names())}")
     values = _read(name)
-    if values.pop("detect", False):
+    detect = values.pop("detect", None)
+    if detect == "processor":
         values = {**_detect(), **values}
+    if detect == "gpu":
+        values = _with_gpu(values, _detect())
     return Device.from_dict({"name": name, **values})
+
+
+def gpu(arch: str) -> Device:
+    """The device ``cuda`` with a GPU of another architecture than this machine's, such as ``sm_90``."""
+    device = load("cuda")
+    return replace(device, name=f"cuda-{arch}", target={**device.target, "arch": arch}, description=f"an NVIDIA GPU, {arch}")
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -131,6 +146,19 @@ def _detect() -> dict[str, Any]:
         "caches": _host_caches(),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
+
+
+def _with_gpu(described: Mapping[str, Any], machine: Mapping[str, Any]) -> dict[str, Any]:
+    """``machine`` with its first NVIDIA GPU, or with the one that is ``described`` where it has none."""
+    from tvm.runtime import cuda
+
+    target = {**described["target"], "host": machine["target"]}
+    device = cuda(0)
+    if not device.exist:
+        return {**described, "target": target, "arch": machine["arch"]}
+    target["arch"] = f"sm_{device.compute_version.replace('.', '')}"
+    found = {"cores": int(device.multi_processor_count), "memory": int(device.total_global_memory or 0)}
+    return {**described, **found, "target": target, "arch": machine["arch"]}
 
 
 def _host_target(cores: int) -> tuple[dict[str, Any], int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import tvm
@@ -10,6 +11,21 @@ from tvm import relax
 from tvm.runtime.vm import VirtualMachine
 
 from tvmtrain import lowering, targets
+from tvmtrain.targets import Device
+
+# Where ``run`` runs; None: on this machine's processor.
+_device: Device | None = None
+
+
+@contextmanager
+def on(device: Device) -> Iterator[None]:
+    """Let ``run`` compile for ``device``, which this machine has, and run there."""
+    global _device
+    _device, before = device, _device
+    try:
+        yield
+    finally:
+        _device = before
 
 
 def module(make: Callable[..., relax.Expr], *arrays: np.ndarray) -> tvm.IRModule:
@@ -25,8 +41,10 @@ def module(make: Callable[..., relax.Expr], *arrays: np.ndarray) -> tvm.IRModule
 
 def run(make: Callable[..., relax.Expr], *arrays: np.ndarray) -> list[np.ndarray]:
     """The results of ``make``, compiled for this machine."""
-    executable = lowering.compile_module(module(make, *arrays), targets.load("host"))
-    result = VirtualMachine(executable, tvm.cpu())["main"](*[tvm.runtime.tensor(a) for a in arrays])
+    device = _device or targets.load("host")
+    place = tvm.cuda() if device.gpu else tvm.cpu()
+    module_of = lowering.compile_module(module(make, *arrays), device)
+    result = VirtualMachine(module_of, place)["main"](*[tvm.runtime.tensor(a, place) for a in arrays])
     return [result.numpy()] if isinstance(result, tvm.runtime.Tensor) else [r.numpy() for r in result]
 
 

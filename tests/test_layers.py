@@ -18,7 +18,9 @@ ALLOWED: dict[str, set[str]] = {
     "artifact": {"costs", "errors", "runtime"},  # the runtime only when an artifact in memory is loaded
     "targets": {"errors"},
     "selection": {"artifact", "errors"},
-    "runtime": {"artifact", "errors", "selection"},
+    "gpu_code": {"errors"},
+    "cuda_compiler": {"errors"},
+    "runtime": {"artifact", "errors", "gpu_code", "selection"},
     "console": set(),
     "data": {"artifact", "errors"},
     "training": {"artifact", "console", "data", "errors", "runtime"},
@@ -36,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"costs", "operators", "passes", "signature"},
     "timeline": {"arena", "costs", "passes", "signature"},
     "drawing": {"costs", "errors"},
-    "lowering": {"filtering", "kernels", "passes", "pool_kernels", "schedules", "targets"},
+    "lowering": {"cuda_compiler", "filtering", "gpu_code", "kernels", "passes", "pool_kernels", "schedules", "targets"},
     "fitting": {"errors", "lowering", "passes", "targets"},
     "summarize": {"artifact", "costs", "lowering", "passes", "report", "signature", "targets"},
     "graph": {

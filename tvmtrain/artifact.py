@@ -247,6 +247,12 @@ def read(folder: str | os.PathLike[str], *, foreign: bool = False) -> Stored:
     return Stored(manifest, state, places[LIBRARY])
 
 
+def on_gpu(manifest: Manifest) -> bool:
+    """Whether the step was compiled for an NVIDIA GPU."""
+    target = manifest.device.get("target", {})
+    return isinstance(target, Mapping) and target.get("kind") == "cuda"
+
+
 def check_machine(manifest: Manifest) -> None:
     """Raise ``ArtifactError`` unless this process runs on the processor architecture that the step was compiled for."""
     wanted = _architecture(str(manifest.device.get("arch", "unknown")))

@@ -232,6 +232,16 @@ class DeviceLine:
         return asdict(self)
 
 
+def _compiles_for(gpu: str) -> bool:
+    from tvmtrain import cuda_compiler
+
+    try:
+        cuda_compiler.find(gpu)
+    except TvmtrainError:
+        return False
+    return True
+
+
 def devices() -> tuple[DeviceLine, ...]:
     """All devices in ``targets/``, those that this machine can build for first."""
     from tvmtrain import targets
@@ -239,11 +249,13 @@ def devices() -> tuple[DeviceLine, ...]:
     has_compiler = importlib.util.find_spec("tvm.relax") is not None and os.environ.get("TVM_USE_RUNTIME_LIB") != "1"
     lines = []
     for name in targets.names():
-        if name == "host" and not has_compiler:
-            lines.append(DeviceLine(name, "this machine", artifact.machine(), os.cpu_count() or 1, False))
+        if name in ("host", "cuda") and not has_compiler:
+            description = "this machine" if name == "host" else "the NVIDIA GPU of this machine"
+            cores = (os.cpu_count() or 1) if name == "host" else 0
+            lines.append(DeviceLine(name, description, artifact.machine(), cores, False))
             continue
         device = targets.load(name)
         # Another processor's code can be generated here, but linking it takes that processor's linker.
-        buildable = has_compiler and device.arch == artifact.machine()
+        buildable = has_compiler and device.arch == artifact.machine() and (device.gpu is None or _compiles_for(device.gpu))
         lines.append(DeviceLine(name, device.description, device.arch, device.cores, buildable))
     return tuple(sorted(lines, key=lambda line: (not line.buildable, line.name)))

@@ -377,6 +377,28 @@ def _wgrad_depthwise(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
     return te.compute(shape, lambda o, _, ky, kx: te.sum(sums[o, ky, kx, lane], axis=[lane]), name="wgrad_lanes")
 
 
+# --- Running sums -----------------------------------------------------------------------------------------------------------
+
+
+def running_sum(x: te.Tensor, axis: int, dtype: str, exclusive: bool) -> te.Tensor:
+    """Every sum for itself: n times the work of one after the other, for devices with thousands of threads."""
+    shape = _shape(x)
+    k = te.reduce_axis((0, shape[axis]), "k")
+
+    def total(*place: Any) -> Any:
+        before = k < place[axis] if exclusive else k <= place[axis]
+        value = x(*place[:axis], k, *place[axis + 1 :]).astype(dtype)
+        return te.sum(tirx.if_then_else(before, value, tirx.const(0, dtype)), axis=[k])
+
+    return te.compute(shape, total, name="running_sum")
+
+
+def legalize_running_sum(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    (x,), rank = call.args, len(call.args[0].ty.shape)
+    axis, dtype, exclusive = int(call.attrs.axis) % rank, str(call.ty.dtype), bool(call.attrs.exclusive)
+    return bb.call_te(lambda a: running_sum(a, axis, dtype, exclusive), x, primfunc_name_hint="running_sum")
+
+
 # --- Registration -----------------------------------------------------------------------------------------------------------
 
 

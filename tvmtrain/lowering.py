@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import tvm
 from tvm import relax
 from tvm.ir.transform import PassContext, Sequential
 from tvm.runtime import Executable
 from tvm.target import Target
+from tvm_ffi import get_global_func, register_global_func
+from tvm_ffi.registry import remove_global_func
 
 # Importing the kernels registers them.
-from tvmtrain import filtering, kernels, pool_kernels, schedules  # noqa: F401
+from tvmtrain import cuda_compiler, filtering, gpu_code, kernels, pool_kernels, schedules  # noqa: F401
 from tvmtrain.passes.order import OrderForMemory
 from tvmtrain.passes.plan_arena import PlanArena
 from tvmtrain.passes.share_workspace import ShareWorkspace, place_buffers
@@ -21,8 +26,7 @@ def lower(mod: tvm.IRModule, device: Device) -> tvm.IRModule:
     """Relax operators become scheduled loops: ``call_tir`` of PrimFuncs, fused where one reads what another has just made."""
     steps = Sequential(
         [
-            relax.backend.DispatchSortScan(),
-            relax.transform.LegalizeOps(),
+            *_legalize(device),
             relax.transform.AnnotateTIROpPattern(),
             relax.transform.FoldConstant(),
             relax.transform.FuseOps(),
@@ -32,6 +36,13 @@ def lower(mod: tvm.IRModule, device: Device) -> tvm.IRModule:
     )
     with Target(dict(device.target)), PassContext(opt_level=3):
         return schedules.apply(steps(mod), device)
+
+
+def _legalize(device: Device) -> list[tvm.ir.transform.Pass]:
+    if device.gpu is None:
+        return [relax.backend.DispatchSortScan(), relax.transform.LegalizeOps()]
+    # TVM's running sum for GPUs has the threads of a warp read what others may not have written yet.
+    return [relax.transform.LegalizeOps({"relax.cumsum": kernels.legalize_running_sum})]
 
 
 def plan(mod: tvm.IRModule) -> tvm.IRModule:
@@ -60,8 +71,32 @@ def compile_module(mod: tvm.IRModule, device: Device) -> Executable:
 
 def generate(planned: tvm.IRModule, device: Device) -> Executable:
     """Native code of what ``plan`` made."""
-    with PassContext(opt_level=3):
+    if device.gpu is None:
+        return _generate(planned, device)
+    gpu_code.teach_tvm()
+    with _compiled_for(device.gpu):
+        return _generate(planned, device)
+
+
+def _generate(planned: tvm.IRModule, device: Device) -> Executable:
+    # CUDA's own compiler unrolls loops; written out before it reads them, they are a hundred times its work.
+    written_out = {"tirx.UnrollLoop": {"explicit_unroll": False}} if device.gpu else {}
+    with PassContext(opt_level=3, config=written_out):
         return tvm.compile(planned, target=Target(dict(device.target)), relax_pipeline=_virtual_machine())
+
+
+@contextmanager
+def _compiled_for(arch: str) -> Iterator[None]:
+    """In place of CUDA source, which TVM compiles where the code is loaded (or nowhere), the executable gets machine code."""
+    hook = "tvm_callback_cuda_postproc"
+    before = get_global_func(hook, allow_missing=True)
+    register_global_func(hook, lambda source, _: gpu_code.to_text(cuda_compiler.compile_source(source, arch)), override=True)
+    try:
+        yield
+    finally:
+        remove_global_func(hook)
+        if before is not None:
+            register_global_func(hook, before)
 
 
 def _virtual_machine() -> Sequential:

@@ -1,12 +1,14 @@
 """Run a compiled training step: TVM's runtime and NumPy, neither PyTorch nor a compiler.
 
-The state (parameters, buffers, optimizer, random numbers) stays in TVM's tensors between steps. A compiled step overwrites it in
-place, unless the loss is NaN or infinite: then it writes the old values again (``passes.guard_state``). Data are checked before,
-and an interrupt waits until the step and its number are one.
+The state (parameters, buffers, optimizer, random numbers) stays in TVM's tensors between steps, on the GPU if the code is for
+one: then a batch goes there, and a loss comes back. A compiled step overwrites it in place, unless the loss is NaN or infinite:
+then it writes the old values again (``passes.guard_state``). Data are checked before, and an interrupt waits until the step and
+its number are one.
 """
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import math
 import os
@@ -17,17 +19,18 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
 
-from tvmtrain import artifact, selection
+from tvmtrain import artifact, gpu_code, selection
 from tvmtrain.artifact import MODEL_ROLES, STATE_ROLES, Entry, LossSpec, Manifest, Selection, TensorSpec
-from tvmtrain.errors import ArtifactError, InputError, NonFiniteLossError, StorageError
+from tvmtrain.errors import ArtifactError, DeviceError, InputError, NonFiniteLossError, StorageError
 
 
 @contextmanager
@@ -48,8 +51,10 @@ def _without_torch() -> Iterator[None]:
 
 with _without_torch():
     import tvm
+    from tvm.libinfo import package_lib_paths
     from tvm.runtime.vm import VirtualMachine
     from tvm_ffi import get_global_func
+    from tvm_ffi.libinfo import load_lib_ctypes
 
 # TVM's pool narrows the affinity of the thread that starts it, so what this process may use is asked before that.
 _CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
@@ -80,6 +85,7 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> TrainStep:
     Raises ``ArtifactError`` for anything damaged, foreign or incomplete, before native code is loaded.
     """
     stored = artifact.read(path)
+    _place(stored.manifest)
     return TrainStep(_load_library(stored.library), stored.manifest, stored.state, threads)
 
 
@@ -105,9 +111,10 @@ class TrainStep:
         self._threads = threads or default_threads()
         self._configured = threading.local()
         self._use_threads()
-        self._functions = _functions(module, manifest)
+        self._place = _place(manifest)
+        self._functions = _functions(module, manifest, self._place)
         chosen = selection.seeds(manifest.selections) | selection.largest(manifest.selections, state)
-        self._moment = self._prepared({name: tvm.runtime.tensor(value) for name, value in {**state, **chosen}.items()}, 0)
+        self._moment = self._prepared({name: self._tensor(value) for name, value in {**state, **chosen}.items()}, 0)
         self._outputs: list[Any] = []
 
     @property
@@ -136,7 +143,11 @@ class TrainStep:
         """
         entry = self.manifest.named["train_step"]
         given = self._batch(entry, x, y) | self._chosen(channels, update=True)
-        given |= {spec.key: _rate(self.manifest.lr if lr is None else lr, spec) for spec in entry.inputs if spec.role == "rate"}
+        given |= {
+            spec.key: self._tensor(_rate(self.manifest.lr if lr is None else lr, spec))
+            for spec in entry.inputs
+            if spec.role == "rate"
+        }
         with _uninterrupted():
             results = self._run(entry, given)
             loss = next(float(value.numpy()) for spec, value in results if spec.role == "loss")
@@ -212,7 +223,7 @@ class TrainStep:
                 raise InputError(
                     f"{given!r} is tied to {name!r} in this model, and they have different values; give one of them"
                 )
-        tensors = {name: tvm.runtime.tensor(array) for name, array in (new | self._rechosen(new)).items()}
+        tensors = {name: self._tensor(array) for name, array in (new | self._rechosen(new)).items()}
         self._moment = self._prepared(self._moment.tensors | tensors, self.steps)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -229,7 +240,11 @@ class TrainStep:
         """Take all state from a file of ``save``. Raises ``CheckpointError``, and nothing has changed, if it does not fit."""
         wanted = {**self.manifest.state, **selection.specs(self.manifest.selections)}
         values, steps = artifact.read_checkpoint(path, wanted)
-        self._moment = self._prepared({name: tvm.runtime.tensor(value) for name, value in values.items()}, steps)
+        self._moment = self._prepared({name: self._tensor(value) for name, value in values.items()}, steps)
+
+    def _tensor(self, value: np.ndarray) -> Any:
+        """A copy of ``value`` in the memory of what computes."""
+        return tvm.runtime.tensor(value, self._place)
 
     def _run(self, entry: Entry, given: Mapping[tuple[str, str], Any]) -> list[tuple[TensorSpec, Any]]:
         self._use_threads()
@@ -258,7 +273,7 @@ class TrainStep:
             array = _numpy(value, TensorSpec("channels", layer, (chosen.count,), "int32"))
             bound = own[layer] if update and chosen.fixed and self._optimizer_state(chosen) else None
             own[layer] = selection.check(chosen, array, bound)
-        return {("channels", known[layer].weight): tvm.runtime.tensor(array) for layer, array in own.items()}
+        return {("channels", known[layer].weight): self._tensor(array) for layer, array in own.items()}
 
     def _check_layers(self, named: Mapping[str, Any], known: Mapping[str, Selection]) -> None:
         if not isinstance(named, Mapping):
@@ -296,7 +311,7 @@ class TrainStep:
             if array.shape != spec.shape:
                 raise InputError(_wrong_batch(spec, array.shape, self.manifest.batch))
             self._check_values(spec, array)
-        return {key: tvm.runtime.tensor(array) for key, (_, array) in arrays.items()}
+        return {key: self._tensor(array) for key, (_, array) in arrays.items()}
 
     def _samples(self, entry: Entry, value: Any, role: str = "input") -> dict[tuple[str, str], tuple[TensorSpec, np.ndarray]]:
         """The arrays of any number of samples, checked."""
@@ -346,7 +361,7 @@ class TrainStep:
     def _predict(self, piece: Mapping[Any, np.ndarray], size: int) -> dict[tuple[str, str], np.ndarray]:
         """The outputs of one compiled batch, without the samples that only filled it up."""
         entry = self.manifest.named["predict"]
-        inputs = {key: tvm.runtime.tensor(array) for key, array in piece.items() if key[0] == "input"}
+        inputs = {key: self._tensor(array) for key, array in piece.items() if key[0] == "input"}
         return {spec.key: _trim(value.numpy(), spec, size, self.manifest.batch) for spec, value in self._run(entry, inputs)}
 
     def _built_in_loss(self, piece: Mapping[Any, np.ndarray], size: int) -> Tally:
@@ -358,7 +373,7 @@ class TrainStep:
 
     def _custom_loss(self, piece: Mapping[Any, np.ndarray], size: int) -> Tally:
         given = self._predict(piece, size) | {key: array for key, array in piece.items() if key[0] == "target"}
-        results = self._run(self.manifest.named["loss"], {key: tvm.runtime.tensor(array) for key, array in given.items()})
+        results = self._run(self.manifest.named["loss"], {key: self._tensor(array) for key, array in given.items()})
         return Tally(loss=sum(float(value.numpy()) for spec, value in results if spec.role == "loss"), weight=1)
 
     def _model_names(self) -> list[str]:
@@ -438,6 +453,7 @@ def _siblings(cpu: int) -> str:
 def _load_library(path: Path) -> Any:
     """The native code at ``path``, which has been checked."""
     try:
+        gpu_code.teach_tvm()
         with _own_name(path) as place, artifact.without_scope_log():
             return tvm.runtime.load_module(str(place))
     except OSError as error:
@@ -460,9 +476,34 @@ def _own_name(path: Path) -> Iterator[Path]:
         yield Path(shutil.copy(path, folder))
 
 
-def _functions(module: Any, manifest: Manifest) -> dict[str, Any]:
+def _place(manifest: Manifest) -> Any:
+    """What computes: this machine's first NVIDIA GPU or its processor."""
+    if not artifact.on_gpu(manifest):
+        return tvm.cpu()
+    load_gpu_runtime()
+    if not (gpu := tvm.cuda(0)).exist:
+        name = manifest.device.get("name", "?")
+        raise DeviceError(
+            f"{artifact.LIBRARY} was compiled for an NVIDIA GPU (device {name!r}), and TVM finds none here: it needs the driver "
+            "(libcuda.so.1) and CUDA's runtime (libcudart.so.13) where the system's loader looks, by LD_LIBRARY_PATH for example"
+        )
+    return gpu
+
+
+@cache
+def load_gpu_runtime() -> None:
+    """TVM's part for NVIDIA GPUs, which its runtime alone leaves out; nothing happens where it or CUDA's runtime is missing."""
+    for folder in sys.path:
+        # What PyPI's packages bring is not where the loader looks.
+        for path in Path(folder).glob("nvidia/*/lib/libcudart.so.13"):
+            ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+    with suppress(OSError, RuntimeError):
+        load_lib_ctypes("tvm", "tvm_runtime_cuda", "RTLD_LOCAL", extra_lib_paths=package_lib_paths())
+
+
+def _functions(module: Any, manifest: Manifest, place: Any) -> dict[str, Any]:
     try:
-        machine = VirtualMachine(module, tvm.cpu())
+        machine = VirtualMachine(module, place)
         return {entry.name: machine[entry.name] for entry in manifest.entries}
     except (RuntimeError, ValueError, AttributeError) as error:
         made = manifest.versions.get("tvm", "unknown")
@@ -551,14 +592,14 @@ def _check_labels(spec: TensorSpec, labels: np.ndarray, loss: LossSpec) -> None:
         )
 
 
-def _rate(lr: float, spec: TensorSpec) -> Any:
+def _rate(lr: float, spec: TensorSpec) -> np.ndarray:
     try:
         rate = float(lr)
     except (TypeError, ValueError) as error:
         raise InputError(f"lr is {type(lr).__name__}; want a number") from error
     if not math.isfinite(rate) or rate < 0:
         raise InputError(f"lr is {rate}; want a finite number of 0 or more")
-    return tvm.runtime.tensor(np.asarray(rate, spec.dtype))
+    return np.asarray(rate, spec.dtype)
 
 
 def _wrong_batch(spec: TensorSpec, got: tuple[int, ...], batch: int) -> str:
