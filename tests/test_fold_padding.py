@@ -7,8 +7,12 @@ import torch
 import torch.nn.functional as F
 from parity import Reference, departures, quick_device
 from torch import nn
+from tvm import relax
+from tvm.ir.transform import Sequential
+from tvm.relax import op as R
 
 import tvmtrain as tt
+from tvmtrain.passes.fold_padding import FoldPadding
 
 
 class SamePadded(nn.Module):
@@ -71,3 +75,20 @@ def test_such_a_convolution_can_be_filtered() -> None:
     wanted = torch.einsum("nopq,nipq->oi", mean, total)[:, :, None, None] / 4
     got = torch.from_numpy(ours["1.weight"])
     torch.testing.assert_close(got.expand(4, 3, *got.shape[2:]), wanted.expand(4, 3, *got.shape[2:]), rtol=1e-4, atol=1e-6)
+
+
+def test_the_pass_alone_on_a_module_written_by_hand() -> None:
+    x, w = (relax.Var(name, relax.TensorType(shape, "float32")) for name, shape in (("x", (1, 2, 8, 8)), ("w", (2, 2, 3, 3))))
+    builder = relax.BlockBuilder()
+    with builder.function("forward", [x, w]):
+        with builder.dataflow():
+            image = builder.emit(R.nn.pad(x, [0, 0, 0, 0, 0, 1, 2, 3]))
+            y = builder.emit(R.nn.conv2d(image, w, strides=2, padding=[1, 0, 0, 0]))
+            ones = builder.emit_output(R.nn.pad(y, [0, 0, 0, 0, 1, 0, 0, 0], pad_value=1.0))
+        builder.emit_func_output(relax.Tuple([ones]))
+    mod = builder.get()
+    after = Sequential([FoldPadding()])(mod)
+    calls = [b.value for b in after["forward"].body.blocks[0].bindings]
+    assert [call.op.name for call in calls] == ["relax.nn.conv2d", "relax.nn.pad"]
+    assert [int(v) for v in calls[0].attrs.padding] == [1, 2, 1, 3]
+    assert calls[0].args[0].same_as(after["forward"].params[0])
