@@ -1,7 +1,8 @@
 """What the passes cost in accuracy: MobileNetV2 0.35 with ImageNet weights, fine-tuned on real images under several update plans.
 
     python benchmarks/accuracy.py --data flowers --epochs 10 --seeds 3 -o accuracy.json
-    python benchmarks/accuracy.py --data cifar10 --epochs 3 --layers 4 --share 0.25
+    python benchmarks/accuracy.py --data cifar10 --epochs 3 --limit 4000 --lr 0.01
+    python benchmarks/accuracy.py --rows full --lr 0.002 --momentum 0.9 -o full.json
 
 Rows: everything trained; the last ``--layers`` convolutions and the classifier exactly, with gradient filtering in 2x2 and 4x4
 patches, and with a share of their input channels, always the same ones (largest weights) or others in every step. Same layers,
@@ -104,16 +105,18 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.25, help="of the input channels in the sparse rows")
     parser.add_argument("--pixels", type=int, default=128, help="height and width to which images are resized")
     parser.add_argument("--limit", type=int, help="training images (default: all)")
+    parser.add_argument("--rows", default="", help="only rows with this in their names")
     parser.add_argument("-o", "--output", type=Path, default=Path("accuracy.json"))
     options = parser.parse_args()
-    given = {key: value for key, value in vars(options).items() if key not in ("output", "seeds")}
+    given = {key: value for key, value in vars(options).items() if key not in ("output", "rows", "seeds")}
     results: dict[str, Any] = {"options": given, "rows": {}}
     if options.output.exists():
         results = json.loads(options.output.read_text(encoding="utf-8"))
         if results["options"] != given:
             raise SystemExit(f"{options.output} holds runs with {results['options']}, not {given}; give another -o")
     dense = graph(options)
-    for name, plan in plans(dense.layers, options.layers, options.share).items():
+    chosen = {name: plan for name, plan in plans(dense.layers, options.layers, options.share).items() if options.rows in name}
+    for name, plan in chosen.items():
         row = results["rows"].setdefault(name, {"costs": {}, "runs": {}})
         missing = [seed for seed in range(options.seeds) if str(seed) not in row["runs"]]
         if missing:

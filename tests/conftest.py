@@ -27,3 +27,27 @@ def _well_formed() -> Iterator[None]:
 def _seeded() -> None:
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+# Ends of the names of tests that take long beside others of their kind; `pytest -m slow` runs them.
+LONG = (
+    *(f"test_theme[{name}]" for name in ("shapes", "elementwise", "reductions", "resizing", "pools", "losses", "activations")),
+    *(f"test_theme[{name}]" for name in ("normalizations", "transposed_convolutions")),
+    "test_modules_with_weights",
+    "test_network_with_batch_statistics_in_double_precision[mobilenet_v2]",
+    "test_network_with_running_statistics_in_single_precision[resnet]",
+    "test_resnet18_of_the_torch_exporter_trains_with_the_same_losses",
+    "test_two_percent_of_the_weights_keep_two_percent_of_the_features",
+    "test_module_program_and_file_are_the_same[False]",
+    *(f"test_results_of_any_kind[{kind}]" for kind in ("tuple", "list", "dict")),
+    "test_a_trained_batchnorm_keeps_one_tensor[silu]",
+    *(f"test_the_same_bits_as_without_these_passes[{name}]" for name in ("sgd", "adam")),
+    *(f"test_a_loss_that_is_not_finite_leaves_every_bit[{name}]" for name in ("sgd", "adam")),
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.name.endswith(LONG):
+            item.add_marker(pytest.mark.slow)

@@ -225,8 +225,8 @@ class UpdatePlan:
         for name, update in self.layers.items():
             lines += ["", f"[layers.{json.dumps(name)}]"]
             for key, value in asdict(update).items():
-                # A scaling of exact gradients means nothing.
-                if value is not None and (key != "scaling" or update.filter is not None):
+                # The usual scaling of exact gradients means nothing.
+                if value is not None and (key != "scaling" or update.filter is not None or value != LayerUpdate.scaling):
                     lines.append(f"{key} = {_toml_value(value)}")
         return "\n".join(lines) + "\n"
 
