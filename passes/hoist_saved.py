@@ -18,7 +18,7 @@ from tvm import relax
 from tvm.ir.transform import PassContext, module_pass
 
 from tvmtrain import signature
-from tvmtrain.passes.sides import Sides, substituted
+from tvmtrain.passes.sides import Sides, substituted, with_backward
 from tvmtrain.passes.sizes import bytes_of
 
 
@@ -28,11 +28,7 @@ class HoistSaved:
     """Rewrites the functions that have a loss and a backward after it: ``train_step`` and ``gradients``."""
 
     def transform_module(self, mod: tvm.IRModule, _ctx: PassContext) -> tvm.IRModule:
-        result = mod.clone()
-        for name in mod.get_global_vars():
-            if name.name_hint in ("train_step", "gradients"):
-                result[name] = _hoisted(mod[name])
-        return result
+        return with_backward(mod, _hoisted)
 
 
 def _hoisted(function: relax.Function) -> relax.Function:

@@ -17,7 +17,7 @@ from tvm import relax
 from tvm.ir.transform import PassContext, module_pass
 
 from tvmtrain import operators, signature
-from tvmtrain.passes.sides import Sides, substituted
+from tvmtrain.passes.sides import Sides, substituted, with_backward
 
 # Masks of fewer numbers stay as they are.
 LEAST = 1024
@@ -29,11 +29,7 @@ class PackMasks:
     """Rewrites the functions that have a loss and a backward after it: ``train_step`` and ``gradients``."""
 
     def transform_module(self, mod: tvm.IRModule, _ctx: PassContext) -> tvm.IRModule:
-        result = mod.clone()
-        for name in mod.get_global_vars():
-            if name.name_hint in ("train_step", "gradients"):
-                result[name] = _packed(mod[name])
-        return result
+        return with_backward(mod, _packed)
 
 
 def _packed(function: relax.Function) -> relax.Function:

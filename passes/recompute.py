@@ -16,7 +16,7 @@ from tvm import relax
 from tvm.ir.transform import PassContext, module_pass
 
 from tvmtrain import operators, signature
-from tvmtrain.passes.sides import Sides, name_of, substituted
+from tvmtrain.passes.sides import Sides, name_of, substituted, with_backward
 from tvmtrain.passes.sizes import bytes_of
 
 # Operations to do again for one value, and large tensors to read for it.
@@ -32,11 +32,7 @@ class Recompute:
     """Rewrites the functions that have a loss and a backward after it: ``train_step`` and ``gradients``."""
 
     def transform_module(self, mod: tvm.IRModule, _ctx: PassContext) -> tvm.IRModule:
-        result = mod.clone()
-        for name in mod.get_global_vars():
-            if name.name_hint in ("train_step", "gradients"):
-                result[name] = _recomputing(mod[name])
-        return result
+        return with_backward(mod, _recomputing)
 
 
 @dataclass

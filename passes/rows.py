@@ -12,6 +12,7 @@ from tvm import relax
 from tvm.relax import op as R
 
 from tvmtrain import operators
+from tvmtrain.passes.sides import name_of
 
 ROWS = 2  # the axis
 
@@ -61,7 +62,7 @@ def images(call: relax.Call, data: set[relax.Var]) -> list[relax.Var]:
 
 def window(call: relax.Call, data: set[relax.Var]) -> Window | None:
     """What a row of the result reads of every operand in ``data``; None for an operation that is not row by row."""
-    name, operands = getattr(call.op, "name", ""), images(call, data)
+    name, operands = name_of(call), images(call, data)
     if not operands or any(not _is_image(value.ty) for value in (call, *operands)):
         return None
     height = _height(operands[0].ty)
@@ -100,7 +101,7 @@ def _one_row(value: relax.Expr) -> bool:
 
 def moves_no_rows(call: relax.Call) -> bool:
     """Whether a call is elementwise, so that it is fused into the kernel that makes its operand."""
-    return getattr(getattr(call, "op", None), "name", "") in operators.ELEMENTWISE
+    return name_of(call) in operators.ELEMENTWISE
 
 
 def computed(call: relax.Call, how: Window, rows: Rows, parts: Mapping[relax.Var, relax.Expr]) -> relax.Expr:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import tvm
 from tvm import relax
 
 from tvmtrain import signature
@@ -53,6 +54,15 @@ class Sides:
 
     def is_view(self, i: int) -> bool:
         return name_of(self.bindings[i].value) in VIEWS
+
+
+def with_backward(mod: tvm.IRModule, rewrite: Callable[[relax.Function], relax.Function]) -> tvm.IRModule:
+    """``mod`` with the functions rewritten that have a loss and a backward after it: ``train_step`` and ``gradients``."""
+    result = mod.clone()
+    for name in mod.get_global_vars():
+        if name.name_hint in ("train_step", "gradients"):
+            result[name] = rewrite(mod[name])
+    return result
 
 
 def name_of(value: relax.Expr) -> str:

@@ -10,10 +10,12 @@ from typing import Any
 
 import tvm
 from tvm import sym, tirx
-from tvm.s_tir import Schedule
+from tvm.s_tir import Schedule, ScheduleError
 from tvm.s_tir.schedule import SBlockRV
 from tvm_ffi import get_global_func
 
+# How a schedule primitive of TVM says that it does not fit; an InternalError is a RuntimeError too.
+FAILURES = (ScheduleError, RuntimeError, ValueError)
 # Calls that cost more than reading their result back from memory.
 EXPENSIVE = ("exp", "log", "sqrt", "rsqrt", "pow", "tanh", "erf", "sigmoid", "sin", "cos")
 

@@ -19,11 +19,11 @@ from itertools import product
 from math import prod
 
 from tvm import tirx
-from tvm.s_tir import Schedule, ScheduleError
+from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.tirx import IndexMap
 
-from tvmtrain.schedules.blocks import Access, Block, describe, merged
+from tvmtrain.schedules.blocks import FAILURES, Access, Block, describe, merged
 from tvmtrain.targets import Device
 
 # Below this many steps, starting the other threads costs more than they save.
@@ -36,9 +36,6 @@ LARGEST_EPILOGUE = 64
 LARGEST_PARTIAL = 4 * 2**20
 # Rows read at once by a transposed copy: a small map's rows are a power of two apart, and no cache keeps more than 8 such.
 LINE = 8
-
-# How a schedule primitive of TVM says that it does not fit; an InternalError is a RuntimeError too.
-FAILURES = (ScheduleError, RuntimeError, ValueError)
 
 Template = Callable[[Schedule, Block, Device], bool]
 

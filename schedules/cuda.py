@@ -23,11 +23,11 @@ from typing import Any
 
 import tvm_ffi
 from tvm import s_tir, tirx
-from tvm.s_tir import Schedule, ScheduleError
+from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.tirx import IndexMap
 
-from tvmtrain.schedules.blocks import Access, Block, buffer_of, describe, merged, realize, uses, uses_variable
+from tvmtrain.schedules.blocks import FAILURES, Access, Block, buffer_of, describe, merged, realize, uses, uses_variable
 from tvmtrain.targets import Device
 
 THREADS = 256
@@ -52,9 +52,6 @@ PARTS = 64
 SMALLEST_PART = 4 * DEPTH
 
 SHARED = "shared"
-
-# How a schedule primitive of TVM says that it does not fit; an InternalError is a RuntimeError too.
-FAILURES = (ScheduleError, RuntimeError, ValueError)
 
 Template = Callable[[Schedule, Block, Device], bool]
 
