@@ -2,10 +2,11 @@
 
 ``schedule`` first inlines what is cheap, then gives each block of a PrimFunc the first of these that fits it:
 
-1. tile: a reduction whose results lie side by side (convolutions, matrix products, column sums). A tile of results stays in
+1. side_by_side: a product over channels of maps that are no whole vectors. Some filters' results for all places stay in the cache.
+2. tile: a reduction whose results lie side by side (convolutions, matrix products, column sums). A tile of results stays in
    registers while the reduction runs; what is computed from the results is written at once.
-2. lanes: a reduction along memory (row sums, softmax). Each lane of a vector has a partial sum.
-3. sweep: one result for each place (elementwise, padding, copies).
+3. lanes: a reduction along memory (row sums, softmax). Each lane of a vector has a partial sum.
+4. sweep: one result for each place (elementwise, padding, copies).
 
 A template that does not fit a block is undone; the worst that can happen is a plain loop.
 """
@@ -66,7 +67,7 @@ def schedule(func: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:
         blocks = _blocks(sch)
     for block in sorted(blocks, key=lambda b: not b.reduction):
         if _alone(sch, block.name):
-            sch = _fit(sch, block, device, (tile, lanes, sweep) if block.reduction else (sweep,))
+            sch = _fit(sch, block, device, (side_by_side, tile, lanes, sweep) if block.reduction else (sweep,))
     return sch.mod["main"]
 
 
@@ -161,6 +162,71 @@ def tile(sch: Schedule, block: Block, device: Device) -> bool:
     sch.vectorize(inner[-1])
     sch.decompose_reduction(rv, reductions[0])
     return True
+
+
+def side_by_side(sch: Schedule, block: Block, device: Device) -> bool:
+    """[filters, images, places] of a product over channels: the cores share the filters; results leave for their maps in long runs."""
+    maps = _maps_of(sch, block)
+    if maps is None:
+        return False
+    rv, (outputs, batch, each) = sch.get_sblock(block.name), block.extents[:3]
+    registers = sch.cache_write(rv, 0, "local")
+    line = IndexMap.from_func(lambda o, n, j: [o, n * each + j], ndim=3, index_dtype="int64")
+    sch.transform_layout(rv, ("write", 0), line)
+    sch.transform_block_layout(registers, line)
+    sch.transform_block_layout(rv, IndexMap.from_func(lambda o, n, j, c: [o, n * each + j, c], ndim=4, index_dtype="int64"))
+    shape = _tile(_known(sch, rv), device, False)
+    if shape is None or shape.axis != 1:
+        return False
+    rows = dict(shape.rows).get(0, 1)
+    o, j, c = sch.get_loops(rv)
+    together = _filters_together(outputs, rows, 4 * batch * each, device)
+    part, group, row = sch.split(o, factors=[None, together // rows, rows])
+    run, column, lane = sch.split(j, factors=[None, shape.columns, shape.lanes])
+    sch.reorder(part, run, group, c, row, column, lane)
+    if block.volume >= PARALLEL:
+        sch.parallel(part)
+    _leave_registers(sch, registers, group, device)
+    _leave(sch, maps, part, batch * together)
+    for loop in (row, column):
+        sch.unroll(loop)
+    sch.vectorize(lane)
+    sch.decompose_reduction(rv, c)
+    return True
+
+
+def _maps_of(sch: Schedule, block: Block) -> SBlockRV | None:
+    """The one block that brings [filters, images, places] into the images' order, with rows and columns made one axis."""
+    consumers = sch.get_consumers(sch.get_sblock(block.name))
+    after = describe(sch, consumers[0]) if len(consumers) == 1 else None
+    if after is None or after.reduction or block.reduced != (False, False, False, True) or len(after.extents) != 4:
+        return None
+    access = [r for r in after.reads if r.buffer.same_as(block.write.buffer)]
+    (n, o, *_), width = after.variables, after.extents[3]
+    if len(access) != 1 or not (access[0].index[0].same_as(o) and access[0].index[1].same_as(n)):
+        return None
+    if merged(access[0], after.extents) < 2:
+        return None
+    joined = IndexMap.from_func(lambda n, o, h, v: [n, o, h * width + v], ndim=4, index_dtype="int64")
+    sch.transform_block_layout(consumers[0], joined)
+    return consumers[0]
+
+
+def _filters_together(outputs: int, rows: int, size: int, device: Device) -> int:
+    """How many filters' results, of ``size`` bytes each, one core makes at a time: a quarter of its cache, and work for all cores."""
+    groups = outputs // rows
+    fitting = [d for d in _divisors(groups, groups) if d * rows * size <= device.caches.l2 // 4 and groups // d >= device.cores]
+    return rows * max(fitting, default=1)
+
+
+def _leave(sch: Schedule, maps: SBlockRV, part: LoopRV, planes: int) -> None:
+    """Results go to the images as soon as all places of some filters are there."""
+    (*_, area) = _known(sch, maps).extents
+    sch.reverse_compute_at(maps, part)
+    loops = sch.get_loops(maps)[1:]
+    # Where it does not understand the places, reverse_compute_at (TVM 0.27) leaves some of them out.
+    if prod(_extent(sch, loop) for loop in loops) != planes * area:
+        raise ValueError("some places are left out")
 
 
 def _tile(block: Block, device: Device, whole: bool) -> Tile | None:
@@ -316,8 +382,12 @@ def _finish_in(sch: Schedule, rv: SBlockRV, epilogue: SBlockRV | None, at: LoopR
         epilogue = sch.cache_write(rv, 0, "local")
     elif at is not None:
         sch.set_scope(rv, 0, "local")
-    if at is None:
-        return
+    if at is not None:
+        _leave_registers(sch, epilogue, at, device)
+
+
+def _leave_registers(sch: Schedule, epilogue: SBlockRV, at: LoopRV, device: Device) -> None:
+    """Write a tile of results, vector by vector."""
     sch.reverse_compute_at(epilogue, at)
     loops = sch.get_loops(epilogue)
     outside = 1 + next(i for i, loop in enumerate(loops) if sch.get(loop).same_as(sch.get(at)))
