@@ -33,6 +33,8 @@ PARALLEL = 16384
 LARGEST_TILE = 16
 # Statements to which the code that follows a tile may be unrolled.
 LARGEST_EPILOGUE = 64
+# Multiplications to which the taps of a small kernel may be written out.
+LARGEST_TAPS = 128
 # Bytes that the partial sums of one kernel may take.
 LARGEST_PARTIAL = 4 * 2**20
 # Rows read at once by a transposed copy: a small map's rows are a power of two apart, and no cache keeps more than 8 such.
@@ -156,12 +158,27 @@ def tile(sch: Schedule, block: Block, device: Device) -> bool:
     outer = _parallel(sch, outer, shared)
     for producer in private:
         sch.compute_at(sch.get_sblock(producer), outer[0])
+        _fill_then_copy(sch, producer)
     _finish_in(sch, rv, epilogue, outer[-1] if outer else None, device)
     for loop in inner[:-1]:
         sch.unroll(loop)
     sch.vectorize(inner[-1])
+    for loop in _taps(sch, reductions, inner):
+        sch.unroll(loop)
     sch.decompose_reduction(rv, reductions[0])
     return True
+
+
+def _taps(sch: Schedule, reductions: Sequence[LoopRV], inner: Sequence[LoopRV]) -> list[LoopRV]:
+    """The innermost reductions that are short enough to be written out: neighbouring taps then share what they read."""
+    size = prod(_extent(sch, loop) for loop in inner[:-1])
+    taken: list[LoopRV] = []
+    for loop in reversed(reductions):
+        size *= _extent(sch, loop)
+        if size > LARGEST_TAPS:
+            break
+        taken.append(loop)
+    return taken
 
 
 def side_by_side(sch: Schedule, block: Block, device: Device) -> bool:
@@ -334,6 +351,13 @@ def _private(sch: Schedule, block: Block, axes: Sequence[int]) -> list[str]:
         if all(any(i.same_as(v) for i in access.index) for v in variables):
             own.append(producer.name)
     return own
+
+
+def _fill_then_copy(sch: Schedule, name: str) -> None:
+    """A padded copy without a question for each element: zeros everywhere, then what lies inside."""
+    rv = sch.get_sblock(name)
+    with suppress(*FAILURES):
+        sch.decompose_padding(rv, sch.get_loops(rv)[1])
 
 
 # --- What follows a reduction -------------------------------------------------------------------------------------------------
