@@ -13,10 +13,10 @@ A template that does not fit a block is undone; the worst that can happen is a p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from math import prod
 
 from tvm import tirx
@@ -256,22 +256,22 @@ def _tile(block: Block, device: Device, whole: bool) -> Tile | None:
     others = [a for a in reversed(block.spatial) if a != axis and block.extents[a] > 1]
     reusing = [a for a in others if any(r.strides[a] == 0 for r in vectors)]
     scalars = [a for a in others if len(block.reads) > 1 and any(r.strides[a] == 0 for r in block.reads)]
-    rows = sorted(reusing, key=lambda a: -min(block.extents[a], LARGEST_TILE))[:2] or scalars[:1]
     count = block.extents[axis] // width
     columns = [count] if whole else _divisors(count, 4)
-    sizes = [_divisors(block.extents[a], LARGEST_TILE if reusing else 4) for a in rows]
-    return _best_tile(Tile(axis, width, 1, ()), columns, list(zip(rows, sizes, strict=True)), device.vector_registers)
+    sizes = {a: _divisors(block.extents[a], LARGEST_TILE if reusing else 4) for a in (reusing or scalars[:1])}
+    return _best_tile(Tile(axis, width, 1, ()), columns, sizes, device.vector_registers)
 
 
-def _best_tile(best: Tile, widths: Sequence[int], rows: Sequence[tuple[int, Sequence[int]]], registers: int) -> Tile | None:
-    """The tile with most arithmetic for each value loaded, that fits the registers."""
+def _best_tile(best: Tile, widths: Sequence[int], sizes: Mapping[int, Sequence[int]], registers: int) -> Tile | None:
+    """The tile with most arithmetic for each value loaded, that fits the registers; rows along two axes at most."""
     value = 0.0
-    for columns, *heights in product(widths, *(sizes for _, sizes in rows)):
-        height = prod(heights)
-        score = height * columns / (height + columns)
-        if score > value and height * columns + columns + 1 <= registers:
-            tiled = tuple((axis, size) for (axis, _), size in zip(rows, heights, strict=True) if size > 1)
-            best, value = Tile(best.axis, best.lanes, columns, tiled), score
+    for axes in combinations(sizes, min(2, len(sizes))):
+        for columns, *heights in product(widths, *(sizes[a] for a in axes)):
+            height = prod(heights)
+            score = height * columns / (height + columns)
+            if score > value and height * columns + columns + 1 <= registers:
+                rows = tuple((axis, size) for axis, size in zip(axes, heights, strict=True) if size > 1)
+                best, value = Tile(best.axis, best.lanes, columns, rows), score
     return best if value else None
 
 

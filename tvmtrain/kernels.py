@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, prod
 from typing import Any
 
 import tvm
@@ -22,6 +22,10 @@ from tvmtrain.operators import DGRAD, WGRAD
 
 # Rows are padded to multiples of this many elements: a whole AVX2 vector, two NEON ones, half an AVX-512 one.
 ROW = 8
+# Fewer places than this, of a whole batch, are read from the cache for every tile of a weight's gradient.
+LARGE_MAP = 4096
+# Numbers of one operand that are read again and again from the cache; numbers that partial sums of a gradient may take.
+LARGEST_PART, LARGEST_PARTIAL = 2**15, 2**20
 # Relax registers its own kernels at level 10; ours must win.
 OVERRIDE = 11
 
@@ -306,55 +310,102 @@ def conv2d_wgrad(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
     return _wgrad_over_channels(x, gy, conv)
 
 
-def _channels_last(x: te.Tensor, conv: _Conv, channels: int) -> te.Tensor:
-    """x [N, C, H, W] padded in its places and up to ``channels``, as [N, H', W', channels]."""
-    rows, columns = conv.rows, conv.columns
-    height, width = ((a.out - 1) * a.stride + (a.kernel - 1) * a.dilation + 1 for a in (rows, columns))
+def _channels_last(x: te.Tensor, size: tuple[int, int], before: tuple[int, int], channels: int) -> te.Tensor:
+    """x [N, C, H, W], padded in its places and up to ``channels``, as [channels/b, N, H', W', b]: b neighbours fill a cache line."""
+    block = next((b for b in (4 * ROW, 6 * ROW, 2 * ROW) if channels % b == 0 and channels > 6 * ROW), channels)
     return te.compute(
-        (conv.batch, height, width, channels),
-        lambda n, y, v, c: _guarded(x, n, c, y - rows.before, v - columns.before),
+        (channels // block, _shape(x)[0], *size, block),
+        lambda i, n, y, v, c: _guarded(x, n, i * block + c, y - before[0], v - before[1]),
         name="channels_last",
     )
+
+
+def _reached(conv: _Conv) -> tuple[int, int]:
+    """How many rows and columns of the padded x are read."""
+    height, width = ((a.out - 1) * a.stride + (a.kernel - 1) * a.dilation + 1 for a in (conv.rows, conv.columns))
+    return height, width
 
 
 def _wgrad_over_channels(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
     """Vectors run over the input channels."""
     rows, columns, wide = conv.rows, conv.columns, conv.group_in
-    each = _whole(wide) if conv.groups == 1 else wide
-    source = _channels_last(x, conv, conv.groups * each)
-    n, y, v = (te.reduce_axis((0, size), name) for size, name in ((conv.batch, "n"), (rows.out, "y"), (columns.out, "x")))
+    if conv.groups > 1:
+        return _wgrad_of_groups(x, gy, conv)
+    source = _channels_last(x, _reached(conv), (rows.before, columns.before), _whole(wide))
+    block = _shape(source)[-1]
 
-    def product(ky: Any, kx: Any, o: Any, c: Any) -> Any:
+    def product(n: Any, y: Any, v: Any, ky: Any, kx: Any, o: Any, i: Any, c: Any) -> Any:
         row, column = y * rows.stride + ky * rows.dilation, v * columns.stride + kx * columns.dilation
-        channel = o // conv.group_out * wide + c if conv.groups > 1 else c
-        return te.sum(gy[n, o, y, v] * source[n, row, column, channel], axis=[n, y, v])
+        return gy[n, o, y, v] * source[i, n, row, column, c]
 
-    taps = te.compute((rows.kernel, columns.kernel, conv.filters, each), product, name="wgrad")
+    taps = _summed(product, conv, (rows.kernel, columns.kernel, conv.filters, *_blocks(source)))
+    shape = (conv.filters, wide, rows.kernel, columns.kernel)
+    return te.compute(shape, lambda o, c, ky, kx: taps[ky, kx, o, c // block, c % block], name="wgrad_taps")
+
+
+def _blocks(source: te.Tensor) -> tuple[int, int]:
+    """Blocks of channels, and channels in each."""
+    shape = _shape(source)
+    return shape[0], shape[-1]
+
+
+def _summed(product: Callable, conv: _Conv, shape: tuple[int, ...]) -> te.Tensor:
+    """The sum of product(n, y, x, *place) over images and places; large maps by parts of an image that are read from the cache."""
+    high, wide = conv.rows.out, conv.columns.out
+    n, v = te.reduce_axis((0, conv.batch), "n"), te.reduce_axis((0, wide), "x")
+    parts = conv.batch * (count := _parts_of_image(high, wide * shape[-1]))
+    if conv.batch * high * wide < LARGE_MAP or parts == 1 or parts * prod(shape) > LARGEST_PARTIAL:
+        y = te.reduce_axis((0, high), "y")
+        return te.compute(shape, lambda *at: te.sum(product(n, y, v, *at), axis=[n, y, v]), name="wgrad")
+    y = te.reduce_axis((0, high // count), "y")
+
+    def in_part(m: Any, *at: Any) -> Any:
+        return te.sum(product(m // count, m % count * (high // count) + y, v, *at), axis=[y, v])
+
+    partial, part = te.compute((parts, *shape), in_part, name="wgrad"), te.reduce_axis((0, parts), "part")
+    return te.compute(shape, lambda *at: te.sum(partial[(part, *at)], axis=[part]), name="wgrad_parts")
+
+
+def _parts_of_image(high: int, row: int) -> int:
+    """Into how many parts an image is cut, so that the rows of one, ``row`` numbers each, stay in a cache."""
+    return next((p for p in range(1, high + 1) if high % p == 0 and high // p * row <= LARGEST_PART), high)
+
+
+def _wgrad_of_groups(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
+    """Vectors run over the input channels of a group."""
+    rows, columns, wide = conv.rows, conv.columns, conv.group_in
+    size, before = _reached(conv), (rows.before, columns.before)
+    source = te.compute(
+        (conv.batch, *size, conv.channels), lambda n, y, v, c: _guarded(x, n, c, y - before[0], v - before[1]), name="channels_last"
+    )
+
+    def product(n: Any, y: Any, v: Any, ky: Any, kx: Any, o: Any, c: Any) -> Any:
+        row, column = y * rows.stride + ky * rows.dilation, v * columns.stride + kx * columns.dilation
+        return gy[n, o, y, v] * source[n, row, column, o // conv.group_out * wide + c]
+
+    taps = _summed(product, conv, (rows.kernel, columns.kernel, conv.filters, wide))
     shape = (conv.filters, wide, rows.kernel, columns.kernel)
     return te.compute(shape, lambda o, c, ky, kx: taps[ky, kx, o, c], name="wgrad_taps")
 
 
 def _wgrad_over_filters(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
     """Vectors run over the filters."""
-    rows, columns, filters = conv.rows, conv.columns, _whole(conv.filters)
-    height, width = ((a.out - 1) * a.stride + (a.kernel - 1) * a.dilation + 1 for a in (rows, columns))
+    rows, columns = conv.rows, conv.columns
     pad = te.compute(
-        (conv.batch, conv.channels, height, width),
+        (conv.batch, conv.channels, *_reached(conv)),
         lambda n, c, y, v: _guarded(x, n, c, y - rows.before, v - columns.before),
         name="pad",
     )
-    source = te.compute(
-        (conv.batch, rows.out, columns.out, filters), lambda n, y, v, o: _guarded(gy, n, o, y, v), name="channels_last"
-    )
-    n, y, v = (te.reduce_axis((0, size), name) for size, name in ((conv.batch, "n"), (rows.out, "y"), (columns.out, "x")))
+    source = _channels_last(gy, (rows.out, columns.out), (0, 0), _whole(conv.filters))
+    block = _shape(source)[-1]
 
-    def product(c: Any, ky: Any, kx: Any, o: Any) -> Any:
+    def product(n: Any, y: Any, v: Any, c: Any, ky: Any, kx: Any, i: Any, o: Any) -> Any:
         row, column = y * rows.stride + ky * rows.dilation, v * columns.stride + kx * columns.dilation
-        return te.sum(pad[n, c, row, column] * source[n, y, v, o], axis=[n, y, v])
+        return pad[n, c, row, column] * source[i, n, y, v, o]
 
-    taps = te.compute((conv.channels, rows.kernel, columns.kernel, filters), product, name="wgrad")
+    taps = _summed(product, conv, (conv.channels, rows.kernel, columns.kernel, *_blocks(source)))
     shape = (conv.filters, conv.channels, rows.kernel, columns.kernel)
-    return te.compute(shape, lambda o, c, ky, kx: taps[c, ky, kx, o], name="wgrad_taps")
+    return te.compute(shape, lambda o, c, ky, kx: taps[c, ky, kx, o // block, o % block], name="wgrad_taps")
 
 
 def _wgrad_depthwise(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
