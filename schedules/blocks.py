@@ -64,6 +64,12 @@ class Block:
         return (*self.reads, self.write)
 
     @cached_property
+    def guarded(self) -> bool:
+        """Whether each element is a question: a padded copy."""
+        body = getattr(self.source.body, "value", None)
+        return getattr(getattr(body, "op", None), "name", "").endswith("if_then_else")
+
+    @cached_property
     def expensive(self) -> bool:
         calls = (e for e in _expressions(self.source.body) if isinstance(e, tvm.ir.Call))
         return any(getattr(call.op, "name", "").split(".")[-1] in EXPENSIVE for call in calls)

@@ -113,7 +113,9 @@ def _inline(sch: Schedule, blocks: Sequence[Block]) -> None:
     for block in blocks:
         rv = sch.get_sblock(block.name)
         consumers = [by_name[sch.get(c).name_hint] for c in sch.get_consumers(rv)]
-        repeated = any(c.reduction and c.volume > block.volume for c in consumers)
+        repeated = any(
+            (c.reduction and c.volume > block.volume) or (block.guarded and c.volume > 2 * block.volume) for c in consumers
+        )
         costly = block.expensive and sum(c.volume for c in consumers) > block.volume
         if consumers and not (block.reduction or repeated or costly):
             with suppress(*FAILURES):
@@ -158,8 +160,9 @@ def tile(sch: Schedule, block: Block, device: Device) -> bool:
     outer = _parallel(sch, outer, shared)
     for producer in private:
         sch.compute_at(sch.get_sblock(producer), outer[0])
-        _fill_then_copy(sch, producer)
     _finish_in(sch, rv, epilogue, outer[-1] if outer else None, device)
+    for producer in private:
+        _fill_then_copy(sch, producer)
     for loop in inner[:-1]:
         sch.unroll(loop)
     sch.vectorize(inner[-1])
@@ -182,57 +185,115 @@ def _taps(sch: Schedule, reductions: Sequence[LoopRV], inner: Sequence[LoopRV]) 
 
 
 def side_by_side(sch: Schedule, block: Block, device: Device) -> bool:
-    """[filters, images, places] of a product over channels: the cores share the filters; results leave for their maps in long runs."""
-    maps = _maps_of(sch, block)
+    """[layers, filters, images, places] of a product over channels, and the sum of the layers.
+
+    The cores share the filters; the results leave for their maps in long runs.
+    """
+    layers = _one_consumer(sch, block)
+    if layers is None or block.reduced[:5] != (False,) * 4 + (True,):
+        return False
+    maps = _maps_of(sch, layers if layers.reduction else block)
     if maps is None:
         return False
-    rv, (outputs, batch, each) = sch.get_sblock(block.name), block.extents[:3]
-    registers = sch.cache_write(rv, 0, "local")
-    line = IndexMap.from_func(lambda o, n, j: [o, n * each + j], ndim=3, index_dtype="int64")
-    sch.transform_layout(rv, ("write", 0), line)
-    sch.transform_block_layout(registers, line)
-    sch.transform_block_layout(rv, IndexMap.from_func(lambda o, n, j, c: [o, n * each + j, c], ndim=4, index_dtype="int64"))
+    rv, (_, outputs, batch, each) = sch.get_sblock(block.name), block.extents[:4]
+    registers = _line_up(sch, rv, each)
     shape = _tile(_known(sch, rv), device, False)
-    if shape is None or shape.axis != 1:
+    if shape is None or shape.axis != 2:
         return False
-    rows = dict(shape.rows).get(0, 1)
-    o, j, c = sch.get_loops(rv)
-    together = _filters_together(outputs, rows, 4 * batch * each, device)
+    rows = dict(shape.rows).get(1, 1)
+    layer, o, j, *taps = sch.get_loops(rv)
+    together = _filters_together(outputs, rows, 4 * max(batch * each, prod(block.extents[4:])), device)
     part, group, row = sch.split(o, factors=[None, together // rows, rows])
     run, column, lane = sch.split(j, factors=[None, shape.columns, shape.lanes])
-    sch.reorder(part, run, group, c, row, column, lane)
+    sch.reorder(part, layer, run, group, *taps, row, column, lane)
     if block.volume >= PARALLEL:
         sch.parallel(part)
     _leave_registers(sch, registers, group, device)
+    _weights_at_hand(sch, block, part)
+    if layers.reduction:
+        _add_layers(sch, layers, part)
     _leave(sch, maps, part, batch * together)
+    _gather(sch, _known(sch, sch.get_sblock("packed")), shape.columns * shape.lanes, block.volume >= PARALLEL)
     for loop in (row, column):
         sch.unroll(loop)
     sch.vectorize(lane)
-    sch.decompose_reduction(rv, c)
+    sch.decompose_reduction(rv, taps[0])
     return True
 
 
-def _maps_of(sch: Schedule, block: Block) -> SBlockRV | None:
-    """The one block that brings [filters, images, places] into the images' order, with rows and columns made one axis."""
+def _weights_at_hand(sch: Schedule, block: Block, part: LoopRV) -> None:
+    """A copy of the weights of some filters, where a sum goes across the rows in which they lie (dX): powers of two apart, or far."""
+    found = next((i for i, r in enumerate(block.reads) if r.strides[3] == 0), None)
+    if found is not None and (block.reads[found].strides[1] or 0) < (block.reads[found].strides[4] or 0):
+        sch.compute_at(sch.cache_read(sch.get_sblock(block.name), found, "global"), part)
+
+
+def _one_consumer(sch: Schedule, block: Block) -> Block | None:
     consumers = sch.get_consumers(sch.get_sblock(block.name))
-    after = describe(sch, consumers[0]) if len(consumers) == 1 else None
-    if after is None or after.reduction or block.reduced != (False, False, False, True) or len(after.extents) != 4:
+    return describe(sch, consumers[0]) if len(consumers) == 1 else None
+
+
+def _add_layers(sch: Schedule, layers: Block, part: LoopRV) -> None:
+    """The sum of the layers of some filters."""
+    rv = sch.get_sblock(layers.name)
+    sch.reverse_compute_at(rv, part)
+    *_, place, layer = sch.get_loops(rv)
+    sch.reorder(layer, place)
+
+
+def _line_up(sch: Schedule, rv: SBlockRV, each: int) -> SBlockRV:
+    """Images and places become one axis; the copy that brings its results from the registers."""
+    line = IndexMap.from_func(lambda k, o, n, j, *c: [k, o, n * each + j, *c], ndim=len(sch.get_loops(rv)), index_dtype="int64")
+    flat = IndexMap.from_func(lambda k, o, n, j: [k, o, n * each + j], ndim=4, index_dtype="int64")
+    registers = sch.cache_write(rv, 0, "local")
+    sch.transform_layout(rv, ("write", 0), flat)
+    sch.transform_block_layout(registers, flat)
+    sch.transform_block_layout(rv, line)
+    return registers
+
+
+def _gather(sch: Schedule, block: Block, run: int, parallel: bool) -> None:
+    """[channels, taps, images, places] from images that are padded channel by channel; what a tile reads lies side by side."""
+    rv, each = sch.get_sblock(block.name), block.extents[4]
+    if block.extents[3] * each % run == 0:
+        lines = IndexMap.from_func(
+            lambda c, y, x, n, j: [(n * each + j) // run, c, y, x, (n * each + j) % run], ndim=5, index_dtype="int64"
+        )
+        sch.transform_layout(rv, ("write", 0), lines)
+    channel, *_, last = sch.get_loops(rv)
+    if parallel:
+        sch.parallel(channel)
+    pads = [sch.get(pad).name_hint for pad in sch.get_producers(rv)]
+    for pad in pads:
+        sch.compute_at(sch.get_sblock(pad), channel)
+    for pad in pads:
+        _fill_then_copy(sch, pad)
+    with suppress(*FAILURES):
+        sch.decompose_padding(rv, last)
+
+
+def _maps_of(sch: Schedule, block: Block) -> SBlockRV | None:
+    """The one block that brings [.., filters, images, places] into the images' order, with rows and columns made one axis."""
+    after = _one_consumer(sch, block)
+    if after is None or after.reduction or len(after.extents) != 4 or len(block.write.index) < 3:
         return None
     access = [r for r in after.reads if r.buffer.same_as(block.write.buffer)]
     (n, o, *_), width = after.variables, after.extents[3]
-    if len(access) != 1 or not (access[0].index[0].same_as(o) and access[0].index[1].same_as(n)):
+    if len(access) != 1 or merged(access[0], after.extents) < 2:
         return None
-    if merged(access[0], after.extents) < 2:
+    *_, filters, image, _ = access[0].index
+    if not (filters.same_as(o) or after.extents[1] == 1) or not (image.same_as(n) or after.extents[0] == 1):
         return None
+    rv = sch.get_sblock(after.name)
     joined = IndexMap.from_func(lambda n, o, h, v: [n, o, h * width + v], ndim=4, index_dtype="int64")
-    sch.transform_block_layout(consumers[0], joined)
-    return consumers[0]
+    sch.transform_block_layout(rv, joined)
+    return rv
 
 
 def _filters_together(outputs: int, rows: int, size: int, device: Device) -> int:
-    """How many filters' results, of ``size`` bytes each, one core makes at a time: a quarter of its cache, and work for all cores."""
+    """How many filters one core works on at a time: their weights or results, of ``size`` bytes each, fill half of its cache."""
     groups = outputs // rows
-    fitting = [d for d in _divisors(groups, groups) if d * rows * size <= device.caches.l2 // 4 and groups // d >= device.cores]
+    fitting = [d for d in _divisors(groups, groups) if d * rows * size <= device.caches.l2 // 2 and groups // d >= device.cores]
     return rows * max(fitting, default=1)
 
 

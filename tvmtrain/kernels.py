@@ -26,6 +26,8 @@ ROW = 8
 LARGE_MAP = 4096
 # Numbers of one operand that are read again and again from the cache; numbers that partial sums of a gradient may take.
 LARGEST_PART, LARGEST_PARTIAL = 2**15, 2**20
+# Terms that are summed up in one go.
+DEEPEST = 2560
 # Relax registers its own kernels at level 10; ours must win.
 OVERRIDE = 11
 
@@ -127,12 +129,58 @@ def _mix_channels(x: te.Tensor, weight: Callable, outputs: int, name: str) -> te
         )
         shape = (batch, outputs, height, width)
         return te.compute(shape, lambda n, o, h, v: product[n, o, h * width + v], name=f"{name}_map")
-    # Small maps (7x7): whole vectors only if the images lie side by side, each with a few places too many.
-    each = _side_by_side(batch, area)
-    packed = te.compute((channels, batch, each), lambda i, n, j: _place(x, n, i, j), name="packed")
-    product = te.compute((outputs, batch, each), lambda o, n, j: te.sum(weight(o, c) * packed[c, n, j], axis=[c]), name=name)
+    # Small maps (7x7): whole vectors only if the images lie side by side.
     shape = (batch, outputs, height, width)
-    return te.compute(shape, lambda n, o, h, v: product[o, n, h * width + v], name=f"{name}_map")
+    return _mix_taps(
+        lambda n, c, y, v, *_: x[n, c, y, v], lambda o, c, *_: weight(o, c), shape, (channels, 1, 1), x.dtype, name
+    )
+
+
+def _gathers(conv: _Conv, width: int) -> bool:
+    """Whether rows are so short that what their taps read is better gathered first: [channels, taps, images, places]."""
+    return conv.groups == 1 and width <= ROW and conv.channels * conv.filters >= (2 * ROW) ** 2
+
+
+def _window(x: te.Tensor, before: tuple[int, int], size: tuple[int, int]) -> te.Tensor:
+    """x with so many rows and columns of zeros before it, ``size`` in all."""
+    shape = (*_shape(x)[:2], *size)
+    return te.compute(shape, lambda n, c, y, v: _guarded(x, n, c, y - before[0], v - before[1]), name="pad")
+
+
+def _mix_taps(
+    read: Callable, weight: Callable, shape: tuple[int, ...], taps: tuple[int, int, int], dtype: str, name: str
+) -> te.Tensor:
+    """y [N, O, H, W]: the sum over (c, ky, kx) of weight(o, c, ky, kx) * read(n, c, y, x, ky, kx), gathered for small maps."""
+    batch, outputs, height, width = shape
+    area, each = height * width, _side_by_side(batch, height * width)
+
+    def place(c: Any, ky: Any, kx: Any, n: Any, j: Any) -> Any:
+        value = read(n, c, j // width, j % width, ky, kx)
+        return value if each == area else tirx.if_then_else(j < area, value, tirx.const(0, dtype))
+
+    packed = te.compute((*taps, batch, each), place, name="packed")
+    layers = _layers(taps)
+    deep = taps[0] // layers
+    c, ky, kx = (te.reduce_axis((0, size), tap) for size, tap in zip((deep, *taps[1:]), ("c", "ky", "kx"), strict=True))
+
+    def product(part: Any, o: Any, n: Any, j: Any) -> Any:
+        channel = part * deep + c
+        return te.sum(weight(o, channel, ky, kx) * packed[channel, ky, kx, n, j], axis=[c, ky, kx])
+
+    sums = te.compute((layers, outputs, batch, each), product, name=name)
+    if layers == 1:
+        return te.compute(shape, lambda n, o, y, v: sums[0, o, n, y * width + v], name=f"{name}_map")
+    layer = te.reduce_axis((0, layers), "layer")
+    total = te.compute(
+        (outputs, batch, each), lambda o, n, j: te.sum(sums[layer, o, n, j], axis=[layer]), name=f"{name}_layers"
+    )
+    return te.compute(shape, lambda n, o, y, v: total[o, n, y * width + v], name=f"{name}_map")
+
+
+def _layers(taps: tuple[int, int, int]) -> int:
+    """Into how many sums a deep one is split, so that a tile's operands stay in a cache."""
+    deepest = max(1, DEEPEST // (taps[1] * taps[2]))
+    return next(k for k in range(1, taps[0] + 1) if taps[0] % k == 0 and taps[0] // k <= deepest)
 
 
 def _side_by_side(batch: int, area: int) -> int:
@@ -142,12 +190,6 @@ def _side_by_side(batch: int, area: int) -> int:
         if each <= (1 + most) * area:
             return each
     return next(e for e in range(area, area + ROW) if batch * e % ROW == 0)
-
-
-def _place(x: te.Tensor, n: Any, c: Any, j: Any) -> Any:
-    """Place j of a map, row by row; zero behind its end."""
-    height, width = _shape(x)[2:]
-    return tirx.if_then_else(j < height * width, x[n, c, j // width, j % width], _zero(x))
 
 
 def _subsampled(x: te.Tensor, conv: _Conv) -> te.Tensor:
@@ -193,6 +235,18 @@ def conv2d(x: te.Tensor, w: te.Tensor, conv: _Conv) -> te.Tensor:
     if conv.pointwise:
         return _mix_channels(_subsampled(x, conv), lambda o, c: w[o, c, 0, 0], conv.filters, "conv2d")
     rows, columns = conv.rows, conv.columns
+    if _gathers(conv, columns.out):
+        read = _window(x, (rows.before, columns.before), _reached(conv))
+        return _mix_taps(
+            lambda n, c, y, v, ky, kx: read(
+                n, c, y * rows.stride + ky * rows.dilation, v * columns.stride + kx * columns.dilation
+            ),
+            lambda o, c, ky, kx: w[o, c, ky, kx],
+            (conv.batch, conv.filters, rows.out, columns.out),
+            (conv.channels, rows.kernel, columns.kernel),
+            x.dtype,
+            "conv2d",
+        )
     width = _whole(columns.out)
     read = _padded(x, conv, width)
     c = te.reduce_axis((0, conv.group_in), "c")
@@ -251,6 +305,17 @@ def conv2d_dgrad(gy: te.Tensor, w: te.Tensor, conv: _Conv) -> te.Tensor:
     rows, columns = conv.rows, conv.columns
     row_taps, column_taps = _residues(rows), _residues(columns)
     (top, bottom), (left, right) = _reach(row_taps), _reach(column_taps)
+    if _gathers(conv, columns.size) and rows.stride == columns.stride == 1:
+        (a,), (b,) = row_taps, column_taps
+        read = _window(gy, (-top, -left), (rows.size + bottom - top, columns.size + right - left))
+        return _mix_taps(
+            lambda n, o, y, v, ky, kx: read(n, o, y + a.base - top - ky * a.shift, v + b.base - left - kx * b.shift),
+            lambda c, o, ky, kx: w[o, c, a.first + ky * a.step, b.first + kx * b.step],
+            (conv.batch, conv.channels, rows.size, columns.size),
+            (conv.filters, a.count, b.count),
+            gy.dtype,
+            "dgrad",
+        )
     height, width = -(-rows.size // rows.stride), _whole(-(-columns.size // columns.stride))
     pad = te.compute(
         (conv.batch, conv.filters, height + bottom - top, width + right - left),
@@ -376,7 +441,9 @@ def _wgrad_of_groups(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
     rows, columns, wide = conv.rows, conv.columns, conv.group_in
     size, before = _reached(conv), (rows.before, columns.before)
     source = te.compute(
-        (conv.batch, *size, conv.channels), lambda n, y, v, c: _guarded(x, n, c, y - before[0], v - before[1]), name="channels_last"
+        (conv.batch, *size, conv.channels),
+        lambda n, y, v, c: _guarded(x, n, c, y - before[0], v - before[1]),
+        name="channels_last",
     )
 
     def product(n: Any, y: Any, v: Any, ky: Any, kx: Any, o: Any, c: Any) -> Any:
