@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "autodiff": {"filtering", "operators", "signature"},
     "passes": {"arena", "artifact", "autodiff", "errors", "filtering", "operators", "signature", "spec"},
     "report": {"costs", "operators", "passes", "signature"},
+    "workload": {"costs", "passes"},
     "timeline": {"arena", "costs", "passes", "signature"},
     "drawing": {"costs", "errors"},
     "lowering": {"cuda_compiler", "filtering", "gpu_code", "kernels", "passes", "pool_kernels", "schedules", "targets"},
@@ -49,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "pool_kernels": {"kernels"},
     "schedules": {"targets"},
     "builder": {
-        *("artifact", "costs", "graph", "lowering", "passes", "runtime", "spec", "summarize", "targets", "timeline"),
+        *("artifact", "costs", "graph", "lowering", "passes", "runtime", "spec", "summarize", "targets", "timeline", "workload"),
     },
 }
 # These join the rooms above for a person; they may use everything.
