@@ -50,7 +50,19 @@ ALLOWED: dict[str, set[str]] = {
     "pool_kernels": {"kernels"},
     "schedules": {"targets"},
     "builder": {
-        *("artifact", "costs", "graph", "lowering", "passes", "runtime", "spec", "summarize", "targets", "timeline", "workload"),
+        *(
+            "artifact",
+            "costs",
+            "graph",
+            "lowering",
+            "passes",
+            "runtime",
+            "spec",
+            "summarize",
+            "targets",
+            "timeline",
+            "workload",
+        ),
     },
 }
 # These join the rooms above for a person; they may use everything.
