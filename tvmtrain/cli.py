@@ -1,7 +1,7 @@
 """The command line: each command reads its options, calls one public function and prints what it returns.
 
 Exit codes: 0 done, 1 an error (or ``verify`` beyond its tolerance), 2 wrong usage, 130 interrupted.
-``run`` and ``inspect`` need neither PyTorch nor the compiler: what a command needs is imported when it runs.
+``run``, ``inspect`` and ``profile`` need neither PyTorch nor the compiler: what a command needs is imported when it runs.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_verify(commands)
     _add_inspect(commands)
+    _add_profile(commands)
     _add_devices(commands)
     return parser
 
@@ -209,6 +210,17 @@ def _add_inspect(commands: Any) -> None:
     parser.add_argument("artifact", metavar="ARTIFACT", type=Path, help="folder that `tvmtrain compile` wrote, for any machine")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw live bytes over a training step: .svg, .png or .pdf")
     parser.add_argument("--against", type=Path, metavar="ARTIFACT", help="with --plot: draw this artifact's step before it")
+
+
+def _add_profile(commands: Any) -> None:
+    parser = _command(commands, "profile", _profile, "time each kernel of a compiled step, beside what this machine can do")
+    parser.add_argument(
+        "artifact", metavar="ARTIFACT", type=Path, help="folder that `tvmtrain compile` wrote, for this machine"
+    )
+    parser.add_argument("--repeat", type=_positive, default=30, metavar="N", help="steps to time (default: %(default)s)")
+    parser.add_argument("--threads", type=_positive, help="threads to compute with (default: all physical cores)")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write one step for chrome://tracing or ui.perfetto.dev")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the kernels under the roofline: .svg, .png or .pdf")
 
 
 def _add_devices(commands: Any) -> None:
@@ -403,7 +415,7 @@ def _resume_command(options: argparse.Namespace, saved: str) -> str:
     return shlex.join(["tvmtrain", *words, "--resume", saved])
 
 
-# verify, inspect, devices, quickstart
+# verify, inspect, profile, devices, quickstart
 
 
 def _verify(options: argparse.Namespace, out: Console) -> Outcome:
@@ -426,6 +438,22 @@ def _inspect(options: argparse.Namespace, out: Console) -> Outcome:
     if options.plot is not None:
         out.line(f"live bytes over a training step: {options.plot}")
     return Outcome(0, description.to_dict())
+
+
+def _profile(options: argparse.Namespace, out: Console) -> Outcome:
+    from tvmtrain import drawing, profile
+
+    if options.plot is not None:
+        drawing.kind_of(options.plot)  # before minutes have gone by
+    found = profile.profile(options.artifact, out, repeat=options.repeat, threads=options.threads)
+    profile.show(found, out)
+    if options.trace is not None:
+        profile.write_trace(found, options.trace)
+        out.line(f"one step for chrome://tracing: {options.trace}")
+    if options.plot is not None:
+        profile.plot(found, options.plot)
+        out.line(f"kernels under the roofline: {options.plot}")
+    return Outcome(0, found.to_dict())
 
 
 def _devices(options: argparse.Namespace, out: Console) -> Outcome:
