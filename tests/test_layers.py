@@ -39,6 +39,8 @@ ALLOWED: dict[str, set[str]] = {
     "workload": {"costs", "passes"},
     "timeline": {"arena", "costs", "passes", "signature"},
     "drawing": {"costs", "errors"},
+    "roofline": {"errors", "targets"},
+    "profile": {"artifact", "console", "costs", "drawing", "errors", "roofline", "runtime"},
     "lowering": {"cuda_compiler", "filtering", "gpu_code", "kernels", "passes", "pool_kernels", "schedules", "targets"},
     "fitting": {"errors", "lowering", "passes", "targets"},
     "summarize": {"artifact", "costs", "lowering", "passes", "report", "signature", "targets"},
