@@ -11,6 +11,7 @@ whichever is more. Where they come from a cache, a kernel can be faster than its
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import math
 import statistics
@@ -183,7 +184,7 @@ class Watch:
         """Calls that called no other, in order, without the time of telling; none below 0."""
         found = []
         ended = None
-        for (name, before, start, end), (_, inner, stop, _) in zip(self.marks, self.marks[1:], strict=False):
+        for (name, before, start, end), (_, inner, stop, _) in itertools.pairwise(self.marks):
             if before and not inner:
                 telling = start - ended if ended is not None else 0.0
                 found.append(Call(name, 1e6 * (stop - end - telling)))
