@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 RATE = 1e-5  # hundreds of steps on one batch stay alike, and rounding does not grow
 IDLE = 0.85
+LOOK = 1.0  # seconds over which idleness is looked at
 PAUSE = 0.5  # seconds after which the threads of TVM and OpenMP no longer wait by spinning
 STAT = Path("/proc/stat")
 # glibc's allocator keeps what is freed, and PyTorch does not fault in its pages again in every step.
@@ -148,6 +149,7 @@ def bench(job: Job, settings: Settings, out: Console) -> Result:
         for process in started:
             if isinstance(process.said, Failed):
                 failed[process.name] = process.said.reason
+        time.sleep(PAUSE)
         machine = replace(machine, idle_after=idle_share())
         found = [_contestant(p, turns[p.name]) for p in started if p.name not in failed]
     found += [Contestant(name, reason) for name, reason in failed.items()]
@@ -166,11 +168,11 @@ def look_at(settings: Settings) -> Machine:
     return machine
 
 
-def idle_share(seconds: float = 1.0) -> float | None:
-    """The share of all processors' time that was idle, over so many seconds from now; None where the system does not tell."""
+def idle_share() -> float | None:
+    """The share of all processors' time that was idle, over ``LOOK`` seconds from now; None where the system does not tell."""
     try:
         before = _ticks()
-        time.sleep(seconds)
+        time.sleep(LOOK)
         after = _ticks()
     except (OSError, ValueError, IndexError):
         return None
