@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -109,6 +109,7 @@ class Machine:
 
     @property
     def busy(self) -> bool:
+        """Whether others used it."""
         return any(idle is not None and idle < IDLE for idle in (self.idle_before, self.idle_after))
 
 
@@ -125,7 +126,7 @@ class Result:
     machine: Machine
     rival: str | None = None
     ratio: float | None = None
-    quiet: bool = field(default=True)
+    quiet: bool = True
 
     @property
     def sound(self) -> bool:
@@ -200,8 +201,8 @@ def _processor() -> str:
 class _Process:
     """A contestant's process; ``said`` is its last answer."""
 
-    def __init__(self, order: Order, environment: dict[str, str]) -> None:
-        self.name = order.name
+    def __init__(self, name: str, environment: dict[str, str]) -> None:
+        self.name = name
         self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self.process = subprocess.Popen(
             [sys.executable, "-c", START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=environment
@@ -209,7 +210,6 @@ class _Process:
         self.ready: Ready | None = None
         self.seconds: float | None = None
         self.said: Any = None
-        self.ask(order)
 
     def ask(self, message: Any) -> Any:
         """Its answer, or ``Failed`` with the end of what it printed if it has died."""
@@ -244,8 +244,10 @@ class _Process:
 
 @contextmanager
 def _running(order: Order, environment: dict[str, str]) -> Iterator[_Process]:
-    process = _Process(order, environment)
+    """The process that has got ``order`` and answered it."""
+    process = _Process(order.name, environment)
     try:
+        process.ask(order)
         yield process
     finally:
         process.close()
