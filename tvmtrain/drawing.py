@@ -133,7 +133,7 @@ def _marks(ax: Any, panel: Panel, top: float) -> None:
 
 # The roofline.
 
-NAMED = 6  # kernels whose names are written, those that take longest
+NAMED = 8  # kernels whose names are listed, those that take longest
 
 
 @dataclass(frozen=True)
@@ -160,15 +160,14 @@ def _roofline(ax: Any, points: Sequence[Point], peak: float, bandwidth: float, t
     low, high = min([ridge / 100, *intensities]) / 2, max([ridge * 10, *intensities]) * 2
     ax.plot([low, ridge, high], [low * bandwidth, peak, peak], color="black", linewidth=1)
     ax.annotate(f"{peak:,.0f} GFLOP/s", (high, peak), (0, 3), textcoords="offset points", ha="right")
-    ax.annotate(f"{bandwidth:,.1f} GB/s", (ridge / 8, ridge / 8 * bandwidth), (-9, 0), textcoords="offset points", ha="right")
+    ax.annotate(f"{bandwidth:,.1f} GB/s", (ridge / 40, ridge / 40 * bandwidth), (-9, 0), textcoords="offset points", ha="right")
     total = sum(point.us for point in points) or 1.0
     sizes = [4 + 2000 * point.us / total for point in points]
     ax.scatter(intensities, [point.rate for point in points], sizes, color=KINDS["features"][1], alpha=0.6, linewidths=0)
-    for point in sorted(points, key=lambda point: -point.us)[:NAMED]:
-        words = f"{point.name[:36]} {point.us:,.0f} us"
-        # Towards the middle, where there is room.
-        offset, side = ((-9, -3), "right") if point.intensity > (low * high) ** 0.5 else ((9, -3), "left")
-        place = (point.intensity, point.rate)
-        ax.annotate(words, place, offset, textcoords="offset points", fontsize="x-small", ha=side)
+    slowest = sorted(points, key=lambda point: -point.us)[:NAMED]
+    for number, point in enumerate(slowest, 1):
+        ax.annotate(str(number), (point.intensity, point.rate), fontsize="x-small", ha="center", va="center")
+    listed = "\n".join(f"{number}  {point.us:,.0f} us  {point.name[:60]}" for number, point in enumerate(slowest, 1))
+    ax.annotate(listed, (1, 0), (-4, 4), "axes fraction", "offset points", fontsize="x-small", ha="right", va="bottom")
     ax.set(xscale="log", yscale="log", xlim=(low, high), xlabel="operations per byte", ylabel="GFLOP/s")
     ax.set_title(f"{title}\narea: time in a step", fontsize="medium")
