@@ -141,6 +141,16 @@ def test_a_flipped_byte_is_named(folder, name):
         artifact.read(folder)
 
 
+def test_a_manifest_from_before_kernels_were_told_is_refused_with_its_version(folder):
+    def change(content):
+        content["format"] = 2
+        del content["kernels"]
+
+    edit(folder, change)
+    with pytest.raises(ArtifactError, match=r"format 2, written by tvmtrain 0\.1\.0, .* build the artifact again"):
+        artifact.read(folder)
+
+
 @pytest.mark.parametrize("place", ["nowhere", "file", "empty"])
 def test_what_is_no_artifact_is_refused(tmp_path, place):
     (tmp_path / "file").write_text("x")
@@ -151,12 +161,12 @@ def test_what_is_no_artifact_is_refused(tmp_path, place):
 
 def test_a_manifest_of_the_future_is_refused_with_its_version(folder):
     def change(content):
-        content["format"] = 3
+        content["format"] = 4
         content["versions"] = {"tvmtrain": "9.1"}
         content["new"] = []
 
     edit(folder, change, sign=False)
-    with pytest.raises(ArtifactError, match=r"format 3, written by tvmtrain 9\.1, and this tvmtrain reads format 2"):
+    with pytest.raises(ArtifactError, match=r"format 4, written by tvmtrain 9\.1, and this tvmtrain reads format 3"):
         artifact.read(folder)
 
 
@@ -479,7 +489,7 @@ def values(version): return {{"w": np.full(50_000, version, "float32")}}
 
 def save_artifact(version):
     device = {{"name": "host", "arch": artifact.machine()}}
-    manifest = Manifest(ENTRIES, {{}}, ("w",), LossSpec("mse"), {{}}, str(version), device, {{}}, float(version), 1, MEMORY, ())
+    manifest = Manifest(ENTRIES, {{}}, ("w",), LossSpec("mse"), {{}}, str(version), device, {{}}, float(version), 1, MEMORY, (), ())
     Artifact(manifest, values(version), Code(version)).save(where)
 
 def read_artifact():

@@ -25,7 +25,7 @@ def image_manifest(channels: int = 3, height: int = 8, width: int = 8, classes: 
     out = TensorSpec("output", "output", (4, classes), "float32")
     entries = (Entry("train_step", (x, y, rate), (loss, out)), Entry("predict", (x,), (out,)), Entry("loss", (out, y), (loss,)))
     return Manifest(
-        entries, {}, (), LossSpec("cross_entropy", classes, -100), {}, None, {}, {}, 0.1, 4, toy.memory(entries), ()
+        entries, {}, (), LossSpec("cross_entropy", classes, -100), {}, None, {}, {}, 0.1, 4, toy.memory(entries), (), ()
     )
 
 

@@ -36,8 +36,11 @@ ALLOWED: dict[str, set[str]] = {
     "autodiff": {"filtering", "operators", "signature"},
     "passes": {"arena", "artifact", "autodiff", "errors", "filtering", "operators", "signature", "spec"},
     "report": {"costs", "operators", "passes", "signature"},
+    "workload": {"costs", "passes"},
     "timeline": {"arena", "costs", "passes", "signature"},
     "drawing": {"costs", "errors"},
+    "roofline": {"errors", "targets"},
+    "profile": {"artifact", "console", "costs", "drawing", "errors", "roofline", "runtime"},
     "lowering": {"cuda_compiler", "filtering", "gpu_code", "kernels", "passes", "pool_kernels", "schedules", "targets"},
     "fitting": {"errors", "lowering", "passes", "targets"},
     "summarize": {"artifact", "costs", "lowering", "passes", "report", "signature", "targets"},
@@ -49,12 +52,24 @@ ALLOWED: dict[str, set[str]] = {
     "pool_kernels": {"kernels"},
     "schedules": {"targets"},
     "builder": {
-        *("artifact", "costs", "graph", "lowering", "passes", "runtime", "spec", "summarize", "targets", "timeline"),
+        *(
+            "artifact",
+            "costs",
+            "graph",
+            "lowering",
+            "passes",
+            "runtime",
+            "spec",
+            "summarize",
+            "targets",
+            "timeline",
+            "workload",
+        ),
     },
 }
 # These join the rooms above for a person; they may use everything.
-FRONT = {"cli", "oracle", "jobs", "describe", "verify", "quickstart", "__init__", "__main__"}
-WITH_TORCH = {"converters", "oracle", "importer", "onnx_model", "translator", "jobs", "verify", "quickstart"}
+FRONT = {"cli", "oracle", "jobs", "describe", "verify", "quickstart", "bench", "contestant", "peers", "__init__", "__main__"}
+WITH_TORCH = {"converters", "oracle", "importer", "onnx_model", "translator", "jobs", "verify", "quickstart", "peers"}
 
 
 def room(path: Path) -> str:

@@ -12,7 +12,7 @@ from tvm.relax import op
 from tvm.runtime import Executable
 
 from tvmtrain.artifact import Artifact, Entry, LossSpec, Manifest, TensorSpec
-from tvmtrain.costs import EntryMemory, LayerCost, Memory, Timeline
+from tvmtrain.costs import EntryMemory, Kernel, LayerCost, Memory, Timeline
 
 BATCH, FEATURES, CLASSES = 4, 6, 3
 MOMENTUM = 0.9
@@ -53,6 +53,7 @@ def manifest(loss: str = "cross_entropy") -> Manifest:
         batch=BATCH,
         memory=memory(entries(_target(loss))),
         costs=(LayerCost("fc", "linear", 21, 96, 264),),
+        kernels=(Kernel("matmul", 2, 144, 240), Kernel("add", 1, 12, 108)),
         unread=(UNREAD,),
     )
 

@@ -25,13 +25,13 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors import numpy as tensor_file
 
-from tvmtrain.costs import EntryMemory, LayerCost, Memory, Timeline
+from tvmtrain.costs import EntryMemory, Kernel, LayerCost, Memory, Timeline
 from tvmtrain.errors import ArtifactError, CheckpointError, DeviceError, StorageError
 
 if TYPE_CHECKING:
     from tvmtrain.runtime import TrainStep
 
-FORMAT = 2
+FORMAT = 3
 CHECKPOINT_FORMAT = 1
 MANIFEST = "manifest.json"
 LIBRARY = "lib.so"
@@ -108,8 +108,9 @@ class Manifest:
     ``aliases`` maps tied names to the one name under which their state is kept; ``trained`` names the parameters that a step
     changes; ``lr`` is the rate when a call gives none; ``batch`` is the number of samples of a training step; ``unread`` is
     state that no entry takes and ``state_dict`` still owes; ``selections`` are the layers of which a step trains a share.
-    ``device`` is what the code was compiled for (``arch`` is checked), ``plan`` the update plan as TOML. ``memory`` and ``costs``
-    (by layer, in the order in which the model uses them) are what was known when the step was compiled.
+    ``device`` is what the code was compiled for (``arch`` is checked), ``plan`` the update plan as TOML. ``memory``, ``costs``
+    (by layer, in the order in which the model uses them) and ``kernels`` (of ``train_step``, in the order of their first calls) are
+    what was known when the step was compiled.
     """
 
     entries: tuple[Entry, ...]
@@ -124,6 +125,7 @@ class Manifest:
     batch: int
     memory: Memory
     costs: tuple[LayerCost, ...]
+    kernels: tuple[Kernel, ...]
     unread: tuple[TensorSpec, ...] = ()
     selections: tuple[Selection, ...] = ()
 
@@ -174,6 +176,7 @@ class Manifest:
             batch=fields.get("batch", int),
             memory=_memory(fields.inner("memory")),
             costs=tuple(_cost(item) for item in fields.items("costs")),
+            kernels=tuple(_kernel(item) for item in fields.items("kernels")),
             unread=tuple(_spec(item) for item in fields.items("unread")),
             selections=tuple(_selection(item) for item in fields.items("selections")),
         )
@@ -570,6 +573,10 @@ def _cost(data: _Fields) -> LayerCost:
     return LayerCost(name, kind, *(data.get(key, int) for key in ("trained", "kept", "flops")))
 
 
+def _kernel(data: _Fields) -> Kernel:
+    return Kernel(data.get("name", str), *(data.get(key, int) for key in ("calls", "flops", "bytes")))
+
+
 def _selection(fields: _Fields) -> Selection:
     layer, weight, select = (fields.get(key, str) for key in ("layer", "weight", "select"))
     channels, count, seed = (fields.get(key, int) for key in ("channels", "count", "seed"))
@@ -657,7 +664,10 @@ def _check_selections(manifest: Manifest) -> None:
 
 
 def _check_memory(manifest: Manifest) -> None:
-    """Memory is told of each entry."""
+    """Memory is told of each entry, and work of each kernel once."""
+    names = [kernel.name for kernel in manifest.kernels]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ArtifactError(f"kernels: {', '.join(twice)} more than once; want each name once, with the number of its calls")
     if set(manifest.memory.entries) != set(manifest.named):
         raise ArtifactError(f"memory is that of {', '.join(manifest.memory.entries)}; entries are {', '.join(manifest.named)}")
 

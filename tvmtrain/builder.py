@@ -9,9 +9,9 @@ from importlib import metadata
 import numpy as np
 import tvm
 
-from tvmtrain import lowering, runtime, summarize, targets
+from tvmtrain import lowering, runtime, summarize, targets, workload
 from tvmtrain.artifact import Artifact, Entry, Manifest, TensorSpec
-from tvmtrain.costs import EntryMemory, LayerCost, Memory
+from tvmtrain.costs import EntryMemory, Kernel, LayerCost, Memory
 from tvmtrain.graph import TrainGraph
 from tvmtrain.passes.plan_arena import FIGURES
 from tvmtrain.spec import optimizer_to_dict
@@ -35,9 +35,10 @@ def build(graph: TrainGraph, device: str | Device = "host", *, gradients: bool =
         del module[module.get_global_var("gradients")]
     entries = graph.entries(module)
     state = graph.state(entries)
-    planned = lowering.plan(lowering.lower(module, device))
-    memory = _memory(planned, entries)
-    return Artifact(_manifest(graph, device, entries, state, memory, costs), state, lowering.generate(planned, device))
+    fused = lowering.fuse(module, device)
+    planned = lowering.plan(lowering.schedule(fused, device))
+    memory, kernels = _memory(planned, entries), workload.kernels(planned, fused)
+    return Artifact(_manifest(graph, device, entries, state, memory, costs, kernels), state, lowering.generate(planned, device))
 
 
 def _manifest(
@@ -47,6 +48,7 @@ def _manifest(
     state: Mapping[str, np.ndarray],
     memory: Memory,
     costs: tuple[LayerCost, ...],
+    kernels: tuple[Kernel, ...],
 ) -> Manifest:
     read = {tensor.name for entry in entries for tensor in entry.inputs}
     parameters = set(graph.parameters)
@@ -68,6 +70,7 @@ def _manifest(
         batch=graph.imported.batch,
         memory=memory,
         costs=costs,
+        kernels=kernels,
         unread=tuple(unread),
         selections=graph.selections,
     )

@@ -1,7 +1,7 @@
 """The command line: each command reads its options, calls one public function and prints what it returns.
 
-Exit codes: 0 done, 1 an error (or ``verify`` beyond its tolerance), 2 wrong usage, 130 interrupted.
-``run`` and ``inspect`` need neither PyTorch nor the compiler: what a command needs is imported when it runs.
+Exit codes: 0 done, 1 an error (or ``verify`` beyond its tolerance, ``bench`` of what is not the same), 2 wrong usage, 130 interrupted.
+``run``, ``inspect`` and ``profile`` need neither PyTorch nor the compiler: what a command needs is imported when it runs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tvmtrain.console import Console, flops, number, percent, size
+from tvmtrain.contestant import PEERS
 from tvmtrain.errors import InputError, TvmtrainError
 from tvmtrain.spec import OPTIMIZERS, Optimizer
 
@@ -98,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_verify(commands)
     _add_inspect(commands)
+    _add_profile(commands)
+    _add_bench(commands)
     _add_devices(commands)
     return parser
 
@@ -211,6 +214,29 @@ def _add_inspect(commands: Any) -> None:
     parser.add_argument("--against", type=Path, metavar="ARTIFACT", help="with --plot: draw this artifact's step before it")
 
 
+def _add_profile(commands: Any) -> None:
+    parser = _command(commands, "profile", _profile, "time each kernel of a compiled step, beside what this machine can do")
+    parser.add_argument(
+        "artifact", metavar="ARTIFACT", type=Path, help="folder that `tvmtrain compile` wrote, for this machine"
+    )
+    parser.add_argument("--repeat", type=_positive, default=30, metavar="N", help="steps to time (default: %(default)s)")
+    parser.add_argument("--threads", type=_positive, help="threads to compute with (default: all physical cores)")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write one step for chrome://tracing or ui.perfetto.dev")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the kernels under the roofline: .svg, .png or .pdf")
+
+
+def _add_bench(commands: Any) -> None:
+    parser = _command(commands, "bench", _bench, "time a model's compiled step beside PyTorch's fastest (--lr is 1e-5 here)")
+    _add_job(parser)
+    parser.add_argument("--rounds", type=_positive, default=3, help="turns of each contestant (default: %(default)s)")
+    parser.add_argument("--steps", type=_positive, default=30, help="steps on the clock in a turn (default: %(default)s)")
+    parser.add_argument("--threads", type=_positive, default=2, help="of each contestant (default: %(default)s)")
+    peers = ",".join(PEERS)
+    parser.add_argument("--peers", type=_peers, default=PEERS, metavar="NAMES", help=f"-cl: channels last (default: {peers})")
+    parser.add_argument("--anyway", action="store_true", help="measure on a busy machine, too: the result says so")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the result as JSON")
+
+
 def _add_devices(commands: Any) -> None:
     _command(commands, "devices", _devices, "list the devices to compile for")
 
@@ -243,6 +269,12 @@ def _numbers(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted numbers with commas between: 0.485,0.456,0.406") from error
+
+
+def _peers(text: str) -> tuple[str, ...]:
+    if unknown := [name for name in text.split(",") if name not in PEERS]:
+        raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}, wanted some of {','.join(PEERS)}")
+    return tuple(text.split(","))
 
 
 def _names(text: str) -> dict[str, str]:
@@ -403,7 +435,7 @@ def _resume_command(options: argparse.Namespace, saved: str) -> str:
     return shlex.join(["tvmtrain", *words, "--resume", saved])
 
 
-# verify, inspect, devices, quickstart
+# verify, inspect, profile, bench, devices, quickstart
 
 
 def _verify(options: argparse.Namespace, out: Console) -> Outcome:
@@ -426,6 +458,36 @@ def _inspect(options: argparse.Namespace, out: Console) -> Outcome:
     if options.plot is not None:
         out.line(f"live bytes over a training step: {options.plot}")
     return Outcome(0, description.to_dict())
+
+
+def _profile(options: argparse.Namespace, out: Console) -> Outcome:
+    from tvmtrain import drawing, profile
+
+    if options.plot is not None:
+        drawing.kind_of(options.plot)  # before minutes have gone by
+    found = profile.profile(options.artifact, out, repeat=options.repeat, threads=options.threads)
+    profile.show(found, out)
+    if options.trace is not None:
+        profile.write_trace(found, options.trace)
+        out.line(f"one step for chrome://tracing: {options.trace}")
+    if options.plot is not None:
+        profile.plot(found, options.plot)
+        out.line(f"kernels under the roofline: {options.plot}")
+    return Outcome(0, found.to_dict())
+
+
+def _bench(options: argparse.Namespace, out: Console) -> Outcome:
+    from tvmtrain import artifact, bench
+
+    options.lr = bench.RATE if options.lr is None else options.lr
+    figures = (options.rounds, options.steps)
+    settings = bench.Settings(*figures, threads=options.threads, peers=options.peers, anyway=options.anyway)
+    found = bench.bench(_job(options), settings, out)
+    bench.show(found, out)
+    if options.output is not None:
+        artifact.write_file(options.output, json.dumps(found.to_dict(), indent=1).encode())
+        out.line(f"saved to {options.output}")
+    return Outcome(0 if found.sound else 1, found.to_dict())
 
 
 def _devices(options: argparse.Namespace, out: Console) -> Outcome:

@@ -1,4 +1,4 @@
-"""What a compiled step costs, in plain numbers that a manifest can hold: memory of each entry and over a step, work by layer."""
+"""What a compiled step costs, in plain numbers that a manifest can hold: memory, work by layer, work by kernel."""
 
 from __future__ import annotations
 
@@ -20,6 +20,25 @@ class LayerCost:
 
     def __post_init__(self) -> None:
         _check_counts(self, f"costs of layer {self.name!r}", ("trained", "kept", "flops"))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of a training step, under the name that the virtual machine calls it by.
+
+    calls: how often a step calls it; flops: operations of one call as its formulas have them, without what a schedule adds by padding;
+    bytes: of its arguments and results, each once: the least that one call moves if nothing is in a cache, without its workspace.
+    """
+
+    name: str
+    calls: int
+    flops: int
+    bytes: int
+
+    def __post_init__(self) -> None:
+        _check_counts(self, f"kernel {self.name!r}", ("flops", "bytes"))
+        if self.calls < 1:
+            raise ArtifactError(f"kernel {self.name!r}: {self.calls} calls; want 1 or more")
 
 
 @dataclass(frozen=True)

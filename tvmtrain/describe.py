@@ -14,7 +14,7 @@ import numpy as np
 from tvmtrain import artifact, console, drawing
 from tvmtrain.artifact import Entry, Manifest, Selection, TensorSpec
 from tvmtrain.costs import EntryMemory, LayerCost, Memory
-from tvmtrain.errors import InputError, TvmtrainError
+from tvmtrain.errors import TvmtrainError
 
 
 @dataclass(frozen=True)
@@ -203,10 +203,9 @@ def plot(folder: Path, path: Path, against: Path | None = None) -> None:
 
     Raises ``MissingPackageError`` without matplotlib, ``InputError`` for another suffix, ``ArtifactError``, ``StorageError``.
     """
-    if (suffix := path.suffix.lower().lstrip(".")) not in drawing.FORMATS:
-        raise InputError(f"{path}: got the suffix {path.suffix!r}, wanted .{', .'.join(drawing.FORMATS)}")
+    kind = drawing.kind_of(path)
     panels = [_panel(folder, "")] if against is None else [_panel(against, "before: "), _panel(folder, "after: ")]
-    artifact.write_file(path, drawing.picture(panels, suffix))
+    artifact.write_file(path, drawing.picture(panels, kind))
 
 
 def _panel(folder: Path, when: str) -> drawing.Panel:

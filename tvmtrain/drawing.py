@@ -1,10 +1,11 @@
-"""Live bytes over a training step as a picture: SVG, PNG or PDF, by matplotlib."""
+"""Live bytes over a training step, and its kernels under a roofline, as pictures: SVG, PNG or PDF, by matplotlib."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tvmtrain.costs import EntryMemory, Timeline
@@ -47,13 +48,25 @@ def picture(panels: Sequence[Panel], kind: str) -> bytes:
 
     Raises ``MissingPackageError`` without matplotlib, and ``InputError`` for another kind.
     """
+    return _drawn(kind, (2.2 + 5.4 * len(panels), 5), lambda figure: _fill(figure, panels))
+
+
+def kind_of(path: Path) -> str:
+    """Which of ``FORMATS`` the suffix of ``path`` names. Raises ``InputError`` for another."""
+    if (suffix := path.suffix.lower().lstrip(".")) not in FORMATS:
+        raise InputError(f"{path}: got the suffix {path.suffix!r}, wanted .{', .'.join(FORMATS)}")
+    return suffix
+
+
+def _drawn(kind: str, size: tuple[float, float], fill: Callable[[Any], None]) -> bytes:
+    """A file of ``kind`` with a figure of ``size``, in inches, that ``fill`` draws on."""
     if kind not in FORMATS:
         raise InputError(f"got the format {kind!r}, wanted one of {', '.join(FORMATS)}")
     figure_type, settings = _matplotlib()
     data = io.BytesIO()
     with settings(STYLE):
-        figure = figure_type(figsize=(2.2 + 5.4 * len(panels), 5), layout="constrained")
-        _fill(figure, panels)
+        figure = figure_type(figsize=size, layout="constrained")
+        fill(figure)
         # A date would make every file another one.
         figure.savefig(data, format=kind, dpi=150, metadata={"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind))
     return data.getvalue()
@@ -116,3 +129,45 @@ def _marks(ax: Any, panel: Panel, top: float) -> None:
     ax.set_xlabel("kernel of the step")
     beside = f", {max(_totals(line)) / 1024:,.0f} KB with what lies beside" if max(line.allocated) else ""
     ax.set_title(f"{panel.name}\ntrain_step: peak {max(line.arena) / 1024:,.0f} KB in the arena{beside}", fontsize="medium")
+
+
+# The roofline.
+
+NAMED = 8  # kernels whose names are listed, those that take longest
+
+
+@dataclass(frozen=True)
+class Point:
+    """A kernel: operations per byte, GFLOP/s, and microseconds of a step, which its area shows."""
+
+    name: str
+    intensity: float
+    rate: float
+    us: float
+
+
+def roofline(points: Sequence[Point], peak: float, bandwidth: float, title: str, kind: str) -> bytes:
+    """A file of ``kind`` with ``points`` under a ceiling of ``peak`` GFLOP/s and ``bandwidth`` GB/s.
+
+    Raises ``MissingPackageError`` without matplotlib, and ``InputError`` for another kind.
+    """
+    return _drawn(kind, (9, 5.5), lambda figure: _roofline(figure.subplots(), points, peak, bandwidth, title))
+
+
+def _roofline(ax: Any, points: Sequence[Point], peak: float, bandwidth: float, title: str) -> None:
+    ridge = peak / bandwidth
+    intensities = [point.intensity for point in points]
+    low, high = min([ridge / 100, *intensities]) / 2, max([ridge * 10, *intensities]) * 2
+    ax.plot([low, ridge, high], [low * bandwidth, peak, peak], color="black", linewidth=1)
+    ax.annotate(f"{peak:,.0f} GFLOP/s", (high, peak), (0, 3), textcoords="offset points", ha="right")
+    ax.annotate(f"{bandwidth:,.1f} GB/s", (ridge / 40, ridge / 40 * bandwidth), (-9, 0), textcoords="offset points", ha="right")
+    total = sum(point.us for point in points) or 1.0
+    sizes = [4 + 2000 * point.us / total for point in points]
+    ax.scatter(intensities, [point.rate for point in points], sizes, color=KINDS["features"][1], alpha=0.6, linewidths=0)
+    slowest = sorted(points, key=lambda point: -point.us)[:NAMED]
+    for number, point in enumerate(slowest, 1):
+        ax.annotate(str(number), (point.intensity, point.rate), fontsize="x-small", ha="center", va="center")
+    listed = "\n".join(f"{number}  {point.us:,.0f} us  {point.name[:60]}" for number, point in enumerate(slowest, 1))
+    ax.annotate(listed, (1, 0), (-4, 4), "axes fraction", "offset points", fontsize="x-small", ha="right", va="bottom")
+    ax.set(xscale="log", yscale="log", xlim=(low, high), xlabel="operations per byte", ylabel="GFLOP/s")
+    ax.set_title(f"{title}\narea: time in a step", fontsize="medium")

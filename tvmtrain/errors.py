@@ -45,3 +45,7 @@ class StorageError(TvmtrainError, OSError):
 
 class MissingPackageError(TvmtrainError, ImportError):
     """A package that an extra of tvmtrain brings and this command needs."""
+
+
+class BusyMachineError(TvmtrainError, RuntimeError):
+    """A machine on which something else runs, so that a time measured on it would be that of both."""

@@ -24,6 +24,11 @@ from tvmtrain.targets import Device
 
 def lower(mod: tvm.IRModule, device: Device) -> tvm.IRModule:
     """Relax operators become scheduled loops: ``call_tir`` of PrimFuncs, fused where one reads what another has just made."""
+    return schedule(fuse(mod, device), device)
+
+
+def fuse(mod: tvm.IRModule, device: Device) -> tvm.IRModule:
+    """The first half of ``lower``: loops as the formulas say them."""
     steps = Sequential(
         [
             *_legalize(device),
@@ -35,7 +40,13 @@ def lower(mod: tvm.IRModule, device: Device) -> tvm.IRModule:
         ]
     )
     with Target(dict(device.target)), PassContext(opt_level=3):
-        return schedules.apply(steps(mod), device)
+        return steps(mod)
+
+
+def schedule(mod: tvm.IRModule, device: Device) -> tvm.IRModule:
+    """The second half of ``lower``: the same kernels, scheduled for ``device``."""
+    with Target(dict(device.target)), PassContext(opt_level=3):
+        return schedules.apply(mod, device)
 
 
 def _legalize(device: Device) -> list[tvm.ir.transform.Pass]:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -112,7 +112,7 @@ class TrainStep:
         self._configured = threading.local()
         self._use_threads()
         self._place = _place(manifest)
-        self._functions = _functions(module, manifest, self._place)
+        self._machine, self._functions = _started(module, manifest, self._place)
         chosen = selection.seeds(manifest.selections) | selection.largest(manifest.selections, state)
         self._moment = self._prepared({name: self._tensor(value) for name, value in {**state, **chosen}.items()}, 0)
         self._outputs: list[Any] = []
@@ -225,6 +225,18 @@ class TrainStep:
                 )
         tensors = {name: self._tensor(array) for name, array in (new | self._rechosen(new)).items()}
         self._moment = self._prepared(self._moment.tensors | tensors, self.steps)
+
+    @contextmanager
+    def watched(self, watch: Callable[..., int]) -> Iterator[None]:
+        """Have ``watch(function, name, before, result, *arguments)`` called before and after each call of the virtual machine.
+
+        ``name`` is that of a kernel, or begins with "vm." for the machine's own bookkeeping; ``watch`` returns 0. Steps take longer.
+        """
+        self._machine.set_instrument(watch)
+        try:
+            yield
+        finally:
+            self._machine.set_instrument(None)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all state to one file, so that ``restore`` and the steps after it give the same bits as going on from here.
@@ -501,10 +513,11 @@ def load_gpu_runtime() -> None:
         load_lib_ctypes("tvm", "tvm_runtime_cuda", "RTLD_LOCAL", extra_lib_paths=package_lib_paths())
 
 
-def _functions(module: Any, manifest: Manifest, place: Any) -> dict[str, Any]:
+def _started(module: Any, manifest: Manifest, place: Any) -> tuple[Any, dict[str, Any]]:
+    """A virtual machine and its functions by the names of entries."""
     try:
         machine = VirtualMachine(module, place)
-        return {entry.name: machine[entry.name] for entry in manifest.entries}
+        return machine, {entry.name: machine[entry.name] for entry in manifest.entries}
     except (RuntimeError, ValueError, AttributeError) as error:
         made = manifest.versions.get("tvm", "unknown")
         raise ArtifactError(f"{artifact.LIBRARY} (TVM {made}) cannot be started by TVM {tvm.__version__}: {error}") from error
