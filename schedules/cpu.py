@@ -113,13 +113,17 @@ def _inline(sch: Schedule, blocks: Sequence[Block]) -> None:
     for block in blocks:
         rv = sch.get_sblock(block.name)
         consumers = [by_name[sch.get(c).name_hint] for c in sch.get_consumers(rv)]
-        repeated = any(
-            (c.reduction and c.volume > block.volume) or (block.guarded and c.volume > 2 * block.volume) for c in consumers
-        )
+        repeated = any(c.reduction and c.volume > block.volume for c in consumers)
+        repeated |= block.guarded and any(c.volume > 2 * block.volume or _strided(c, block) for c in consumers)
         costly = block.expensive and sum(c.volume for c in consumers) > block.volume
         if consumers and not (block.reduction or repeated or costly):
             with suppress(*FAILURES):
                 sch.compute_inline(rv)
+
+
+def _strided(reader: Block, block: Block) -> bool:
+    """Whether a block reads another's results with gaps between neighbours."""
+    return any(r.strides[-1] not in (0, 1) for r in reader.reads if r.buffer.same_as(block.write.buffer))
 
 
 def _pad(sch: Schedule, blocks: Sequence[Block], device: Device) -> bool:
@@ -158,11 +162,16 @@ def tile(sch: Schedule, block: Block, device: Device) -> bool:
     counts = [_extent(sch, loop) for loop in outer]
     shared, private = _share(sch, block, axes, counts, device) if block.volume >= PARALLEL else (0, [])
     outer = _parallel(sch, outer, shared)
+    copies = list(private)
     for producer in private:
         sch.compute_at(sch.get_sblock(producer), outer[0])
+        _take_apart(sch, producer)
+        for padded in sch.get_producers(sch.get_sblock(producer)):
+            copies.append(sch.get(padded).name_hint)
+            sch.compute_at(padded, outer[0])
     _finish_in(sch, rv, epilogue, outer[-1] if outer else None, device)
-    for producer in private:
-        _fill_then_copy(sch, producer)
+    for copied in copies:
+        _fill_then_copy(sch, copied)
     for loop in inner[:-1]:
         sch.unroll(loop)
     sch.vectorize(inner[-1])
@@ -412,6 +421,15 @@ def _private(sch: Schedule, block: Block, axes: Sequence[int]) -> list[str]:
         if all(any(i.same_as(v) for i in access.index) for v in variables):
             own.append(producer.name)
     return own
+
+
+def _take_apart(sch: Schedule, name: str) -> None:
+    """A copy that reads every second element for one row and the others for the next makes both rows at once."""
+    rv = sch.get_sblock(name)
+    source, (*_, row, column) = sch.get(rv), sch.get_loops(rv)
+    if name == "residues" and len(source.iter_vars) > 1:
+        sch.reorder(column, row)
+        sch.unroll(row)
 
 
 def _fill_then_copy(sch: Schedule, name: str) -> None:

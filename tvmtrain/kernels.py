@@ -221,10 +221,16 @@ def _padded(x: te.Tensor, conv: _Conv, width: int) -> Callable:
             name="pad",
         )
         return lambda n, c, row, kx, v: pad[n, c, row, v + kx * columns.dilation]
-    residues = te.compute(
-        (conv.batch, conv.channels, height, columns.stride, -(-span // columns.stride)),
-        lambda n, c, y, r, q: _guarded(x, n, c, y - rows.before, q * columns.stride + r - columns.before),
+    across = -(-span // columns.stride)
+    pad = te.compute(
+        (conv.batch, conv.channels, height, across * columns.stride),
+        lambda n, c, y, v: _guarded(x, n, c, y - rows.before, v - columns.before),
         name="pad",
+    )
+    residues = te.compute(
+        (conv.batch, conv.channels, height, columns.stride, across),
+        lambda n, c, y, r, q: pad[n, c, y, q * columns.stride + r],
+        name="residues",
     )
     step, stride = columns.dilation, columns.stride
     return lambda n, c, row, kx, v: residues[n, c, row, kx * step % stride, v + kx * step // stride]
