@@ -233,7 +233,8 @@ def side_by_side(sch: Schedule, block: Block, device: Device) -> bool:
 def _weights_at_hand(sch: Schedule, block: Block, part: LoopRV) -> None:
     """A copy of the weights of some filters, where a sum goes across the rows in which they lie (dX): powers of two apart, or far."""
     found = next((i for i, r in enumerate(block.reads) if r.strides[3] == 0), None)
-    if found is not None and (block.reads[found].strides[1] or 0) < (block.reads[found].strides[4] or 0):
+    strides = (None,) * 5 if found is None else block.reads[found].strides
+    if found is not None and strides[1] is not None and strides[1] < (strides[4] or 0):
         sch.compute_at(sch.cache_read(sch.get_sblock(block.name), found, "global"), part)
 
 

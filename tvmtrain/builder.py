@@ -13,6 +13,7 @@ from tvmtrain import lowering, runtime, summarize, targets, workload
 from tvmtrain.artifact import Artifact, Entry, Manifest, TensorSpec
 from tvmtrain.costs import EntryMemory, Kernel, LayerCost, Memory
 from tvmtrain.graph import TrainGraph
+from tvmtrain.passes.pack_frozen import PackFrozen
 from tvmtrain.passes.plan_arena import FIGURES
 from tvmtrain.spec import optimizer_to_dict
 from tvmtrain.targets import Device
@@ -33,6 +34,8 @@ def build(graph: TrainGraph, device: str | Device = "host", *, gradients: bool =
     costs = summarize.layer_costs(graph, module)
     if not gradients:
         del module[module.get_global_var("gradients")]
+    if device.gpu is None:
+        module = PackFrozen()(module)
     entries = graph.entries(module)
     state = graph.state(entries)
     fused = lowering.fuse(module, device)

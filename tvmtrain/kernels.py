@@ -18,7 +18,7 @@ import tvm
 from tvm import relax, te, tirx
 from tvm.relax.transform.legalize_ops.common import register_legalize
 
-from tvmtrain.operators import DGRAD, WGRAD
+from tvmtrain.operators import DGRAD, PACKED_CONV, WGRAD
 
 # Rows are padded to multiples of this many elements: a whole AVX2 vector, two NEON ones, half an AVX-512 one.
 ROW = 8
@@ -236,10 +236,10 @@ def _padded(x: te.Tensor, conv: _Conv, width: int) -> Callable:
     return lambda n, c, row, kx, v: residues[n, c, row, kx * step % stride, v + kx * step // stride]
 
 
-def conv2d(x: te.Tensor, w: te.Tensor, conv: _Conv) -> te.Tensor:
-    """y = conv(x, w)."""
+def conv2d(x: te.Tensor, w: Callable, conv: _Conv) -> te.Tensor:
+    """y = conv(x, w), for weights that are read as w(o, c, ky, kx)."""
     if conv.pointwise:
-        return _mix_channels(_subsampled(x, conv), lambda o, c: w[o, c, 0, 0], conv.filters, "conv2d")
+        return _mix_channels(_subsampled(x, conv), lambda o, c: w(o, c, 0, 0), conv.filters, "conv2d")
     rows, columns = conv.rows, conv.columns
     if _gathers(conv, columns.out):
         read = _window(x, (rows.before, columns.before), _reached(conv))
@@ -247,7 +247,7 @@ def conv2d(x: te.Tensor, w: te.Tensor, conv: _Conv) -> te.Tensor:
             lambda n, c, y, v, ky, kx: read(
                 n, c, y * rows.stride + ky * rows.dilation, v * columns.stride + kx * columns.dilation
             ),
-            lambda o, c, ky, kx: w[o, c, ky, kx],
+            w,
             (conv.batch, conv.filters, rows.out, columns.out),
             (conv.channels, rows.kernel, columns.kernel),
             x.dtype,
@@ -260,7 +260,7 @@ def conv2d(x: te.Tensor, w: te.Tensor, conv: _Conv) -> te.Tensor:
 
     def product(n: Any, g: Any, o: Any, y: Any, v: Any) -> Any:
         row = y * rows.stride + ky * rows.dilation
-        return te.sum(read(n, g * conv.group_in + c, row, kx, v) * w[g * conv.group_out + o, c, ky, kx], axis=[c, ky, kx])
+        return te.sum(read(n, g * conv.group_in + c, row, kx, v) * w(g * conv.group_out + o, c, ky, kx), axis=[c, ky, kx])
 
     y = _grouped(product, conv.batch, conv.groups, conv.group_out, (rows.out, width), "conv2d")
     return _crop(y, (conv.batch, conv.filters, rows.out, columns.out), "conv2d_rows")
@@ -534,7 +534,18 @@ def _legalize_conv2d(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
         return _relax_conv2d(bb, call)
     x, w = call.args
     conv = _conv(call.attrs, _shape(x), _shape(w), _shape(call))
-    return bb.call_te(lambda a, b: conv2d(a, b, conv), x, w, primfunc_name_hint="conv2d")
+    return bb.call_te(lambda a, b: conv2d(a, lambda *at: b(*at), conv), x, w, primfunc_name_hint="conv2d")
+
+
+def _legalize_packed(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    x, packed = call.args
+    tiles, *inner, tile = _shape(packed)
+    conv = _conv(call.attrs, _shape(x), [tiles * tile, *inner], _shape(call))
+
+    def kernel(a: te.Tensor, b: te.Tensor) -> te.Tensor:
+        return conv2d(a, lambda o, c, ky, kx: b[o // tile, c, ky, kx, o % tile], conv)
+
+    return bb.call_te(kernel, x, packed, primfunc_name_hint="conv2d_packed")
 
 
 def _legalize_dgrad(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
@@ -550,6 +561,7 @@ def _legalize_wgrad(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
 
 
 _relax_conv2d = tvm.ir.Op.get("relax.nn.conv2d").get_attr("FLegalize")
+register_legalize(PACKED_CONV, _legalize_packed)
 register_legalize(DGRAD, _legalize_dgrad)
 register_legalize(WGRAD, _legalize_wgrad)
 tvm.ir.register_op_attr("relax.nn.conv2d", "FLegalize", _legalize_conv2d, OVERRIDE)

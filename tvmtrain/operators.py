@@ -25,6 +25,7 @@ HARDTANH = "tvmtrain.hardtanh"
 NORMALIZE = "tvmtrain.normalize"
 DGRAD = "tvmtrain.conv2d_dgrad"
 WGRAD = "tvmtrain.conv2d_wgrad"
+PACKED_CONV = "tvmtrain.packed_conv2d"
 VIEWED_CONV = "tvmtrain.viewed_conv2d"
 VIEWED_LINEAR = "tvmtrain.viewed_linear"
 PUT = "tvmtrain.put"
@@ -79,6 +80,7 @@ def register(name: str, doc: str, infer: Callable[[relax.Call, relax.BlockBuilde
 
 register(DGRAD, "gradient of conv2d with respect to its input", _first_type_with_shape)
 register(WGRAD, "gradient of conv2d with respect to its weight", _first_type_with_shape)
+register(PACKED_CONV, "conv2d with the weights of some filters side by side", _first_type_with_shape)
 register(VIEWED_CONV, "conv2d, of whose weight a view is trained", _viewed_conv_type)
 register(VIEWED_LINEAR, "x @ w^T, of whose weight a view is trained", _viewed_linear_type)
 register(PUT, "a tensor with some of its slices replaced", _type_of_argument)
@@ -217,6 +219,17 @@ def geometry_of(call: relax.Call) -> dict[str, Any]:
 def _plain(geometry: Mapping[str, Any] | tvm.ir.Attrs) -> dict[str, Any]:
     lists = {key: [int(v) for v in geometry[key]] for key in ("strides", "padding", "dilation")}
     return {**lists, "groups": int(geometry["groups"])}
+
+
+def packed_type(weight: relax.TensorType, tile: int) -> relax.TensorType:
+    """[O, C, Kh, Kw] as [O/tile, C, Kh, Kw, tile]."""
+    filters, *rest = (int(d) for d in weight.shape)
+    return relax.TensorType([filters // tile, *rest, tile], weight.dtype)
+
+
+def packed_conv2d(forward: relax.Call, x: relax.Expr, packed: relax.Expr) -> relax.Call:
+    """The convolution ``forward`` = ``R.nn.conv2d(x, w)`` with ``packed`` [O/b, C, Kh, Kw, b] in place of w [O, C, Kh, Kw]."""
+    return relax.Call(Op.get(PACKED_CONV), [x, packed], _geometry(forward.attrs, forward.ty.shape))
 
 
 def plain_conv2d(viewed: relax.Call) -> relax.Call:
