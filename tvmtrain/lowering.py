@@ -14,7 +14,7 @@ from tvm_ffi import get_global_func, register_global_func
 from tvm_ffi.registry import remove_global_func
 
 # Importing the kernels registers them.
-from tvmtrain import cuda_compiler, filtering, gpu_code, kernels, pool_kernels, schedules  # noqa: F401
+from tvmtrain import cuda_compiler, filtering, gpu_code, kernels, norm_kernels, pool_kernels, schedules  # noqa: F401
 from tvmtrain.passes.order import OrderForMemory
 from tvmtrain.passes.plan_arena import PlanArena
 from tvmtrain.passes.share_workspace import ShareWorkspace, place_buffers
@@ -40,7 +40,7 @@ def lower(mod: tvm.IRModule, device: Device) -> tvm.IRModule:
 
 def _legalize(device: Device) -> list[tvm.ir.transform.Pass]:
     if device.gpu is None:
-        return [relax.backend.DispatchSortScan(), relax.transform.LegalizeOps()]
+        return [relax.backend.DispatchSortScan(), relax.transform.LegalizeOps(norm_kernels.legalization(device))]
     # TVM's running sum for GPUs has the threads of a warp read what others may not have written yet.
     return [relax.transform.LegalizeOps({"relax.cumsum": kernels.legalize_running_sum})]
 
