@@ -33,11 +33,10 @@ class ExpandNorms:
     """Rewrites every function of one dataflow block that normalizes, or has the gradients of that."""
 
     def transform_module(self, mod: tvm.IRModule, _ctx: PassContext) -> tvm.IRModule:
-        result = mod.clone()
         for name, function in mod.functions_items():
             if isinstance(function, relax.Function) and _concerned(function):
-                result[name] = _expanded(mod, function)
-        return result
+                mod = _expanded(mod, name.name_hint)
+        return mod
 
 
 def _concerned(function: relax.Function) -> bool:
@@ -45,22 +44,27 @@ def _concerned(function: relax.Function) -> bool:
     return any(name_of(binding.value) in wanted for block in function.body.blocks for binding in block.bindings)
 
 
-def _expanded(mod: tvm.IRModule, function: relax.Function) -> relax.Function:
+def _expanded(mod: tvm.IRModule, name: str) -> tvm.IRModule:
+    function = mod[name]
     builder = relax.BlockBuilder(mod)
     sums: dict[relax.Var, relax.VarBinding] = {}
+    expanded: dict[relax.Var, relax.Tuple] = {}
     with builder.function("expanded", list(function.params)):
         with builder.dataflow():
             for binding in function.body.blocks[0].bindings:
                 value = binding.value
                 if name_of(value) in EXPANDED:
-                    value = EXPANDED[name_of(value)](builder, value)
+                    value = expanded[binding.var] = EXPANDED[name_of(value)](builder, value)
+                elif isinstance(value, relax.TupleGetItem) and value.tuple_value in expanded:
+                    # The value itself: fusion would not look through the tuple, which then has no readers.
+                    value = expanded[value.tuple_value].fields[value.index]
                 elif name_of(value) == operators.GRADIENT_SUMS:
                     sums.setdefault(value.args[0], binding)
                 elif name_of(value) == "relax.sum":
                     value = _shared(builder, value, sums)
                 builder.emit_normalized(relax.VarBinding(binding.var, builder.normalize(value)))
         builder.emit_func_output(function.body.body)
-    return signature.replaced(builder, "expanded", str(function.attrs["global_symbol"]), function)
+    return signature.replaced(builder, "expanded", name, function)
 
 
 def _shared(builder: relax.BlockBuilder, total: relax.Call, sums: dict[relax.Var, relax.VarBinding]) -> relax.Expr:
