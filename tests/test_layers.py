@@ -38,7 +38,10 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"costs", "operators", "passes", "signature"},
     "timeline": {"arena", "costs", "passes", "signature"},
     "drawing": {"costs", "errors"},
-    "lowering": {"cuda_compiler", "filtering", "gpu_code", "kernels", "passes", "pool_kernels", "schedules", "targets"},
+    "lowering": {
+        *("cuda_compiler", "filtering", "gpu_code", "kernels", "norm_kernels", "passes", "pool_kernels", "registers"),
+        *("schedules", "targets"),
+    },
     "fitting": {"errors", "lowering", "passes", "targets"},
     "summarize": {"artifact", "costs", "lowering", "passes", "report", "signature", "targets"},
     "graph": {
@@ -47,6 +50,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "kernels": {"operators"},
     "pool_kernels": {"kernels"},
+    "norm_kernels": {"operators", "schedules", "targets"},
+    "registers": set(),
     "schedules": {"targets"},
     "builder": {
         *("artifact", "costs", "graph", "lowering", "passes", "runtime", "spec", "summarize", "targets", "timeline"),

@@ -43,7 +43,7 @@ class Planes:
     images: int
     channels: int
     places: int
-    # How many axes the channels are.
+    # The axes of the channels, the last one left out.
     first: int
     last: int
 
@@ -59,8 +59,9 @@ class Planes:
 
     def result(self, c: Value) -> list[Value]:
         """Where a channel's sum is."""
-        zeros = [tirx.const(0, "int64")]
-        return [*zeros * self.first, *_unravelled(c, self.shape[self.first : self.last]), *zeros * (len(self.shape) - self.last)]
+        zero = tirx.const(0, "int64")
+        before, after = [zero] * self.first, [zero] * (len(self.shape) - self.last)
+        return [*before, *_unravelled(c, self.shape[self.first : self.last]), *after]
 
 
 def planes(shape: Sequence[int], axes: Sequence[int]) -> Planes | None:
@@ -69,8 +70,8 @@ def planes(shape: Sequence[int], axes: Sequence[int]) -> Planes | None:
     first, last = (kept[0], kept[-1] + 1) if kept else (0, 0)
     if len(kept) != last - first or not axes:
         return None
-    parts = (shape[:first], shape[first:last], shape[last:])
-    return Planes(tuple(shape), *(prod(part) for part in parts), first, last)
+    images, channels, places = (prod(part) for part in (shape[:first], shape[first:last], shape[last:]))
+    return Planes(tuple(shape), images, channels, places, first, last)
 
 
 def _unravelled(place: Value, shape: Sequence[int]) -> list[Value]:
@@ -122,8 +123,8 @@ def gradient_sums(view: Planes, dtype: str, centred: bool, device: Device) -> ti
 
     def body(sums: _Sums, tensors: Sequence[Any], results: Sequence[Any]) -> None:
         gy, x, *given = tensors
-        for mean in given:
-            sums.keep(sums.spare[0], lambda lane: mean[tuple(sums.result(lane))])
+        if given:
+            sums.keep(sums.spare[0], lambda lane: given[0][tuple(sums.result(lane))])
 
         def terms(at: Index, lane: Value) -> Sequence[Value]:
             return [gy[at], gy[at] * (x[at] - sums.kept(sums.spare[0], lane) if given else x[at])]
@@ -164,17 +165,16 @@ def _kernel(form: _Form, shapes: Sequence[Sequence[int]], results: int, body: Bo
     """A kernel that takes tensors of ``shapes`` and makes ``results`` of one number for each channel."""
     view = form.view
     whole, rest = divmod(view.channels, form.lanes) if form.across else (view.channels, 0)
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name("main")
-            T.func_attr({"tirx.noalias": True, "op_pattern": OPAQUE, SCHEDULED: True})
-            tensors = [T.arg(f"x{i}", T.Buffer(_wide(shape), form.dtype)) for i, shape in enumerate(shapes)]
-            made = [T.arg(f"y{i}", T.Buffer(_wide(view.kept), form.dtype)) for i in range(results)]
-            with T.sblock("root"):
-                with (T.parallel if form.parallel else T.serial)(_long(whole)) as c:
-                    _channels(form, c * form.lanes if form.across else c, "channels", tensors, made, body)
-                if rest:
-                    _channels(form, _long(view.channels - form.lanes), "last_channels", tensors, made, body)
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("main")
+        T.func_attr({"tirx.noalias": True, "op_pattern": OPAQUE, SCHEDULED: True})
+        tensors = [T.arg(f"x{i}", T.Buffer(_wide(shape), form.dtype)) for i, shape in enumerate(shapes)]
+        made = [T.arg(f"y{i}", T.Buffer(_wide(view.kept), form.dtype)) for i in range(results)]
+        with T.sblock("root"):
+            with (T.parallel if form.parallel else T.serial)(_long(whole)) as c:
+                _channels(form, c * form.lanes if form.across else c, "channels", tensors, made, body)
+            if rest:
+                _channels(form, _long(view.channels - form.lanes), "last_channels", tensors, made, body)
     return builder.get()
 
 
