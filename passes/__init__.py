@@ -18,6 +18,7 @@ from tvmtrain.errors import PlanError
 from tvmtrain.passes.append_optimizer import AppendOptimizer
 from tvmtrain.passes.differentiate import Differentiate
 from tvmtrain.passes.drop_unread import DropUnread
+from tvmtrain.passes.expand_norms import ExpandNorms
 from tvmtrain.passes.fold_padding import FoldPadding
 from tvmtrain.passes.gather_early import GatherEarly
 from tvmtrain.passes.gradient_filter import GradientFilter
@@ -74,6 +75,7 @@ def pipeline(training: Training, optimizer: Optimizer, *, gradients: bool = Fals
             # 2. The backward: only towards what is trained.
             StopGradients(trained),
             Differentiate(trained),
+            ExpandNorms(),
             PooledDomain(),
             *([ReturnGradients()] if gradients else []),
             # 3. The update.

@@ -19,8 +19,8 @@ from tvmtrain import operators, signature
 from tvmtrain.passes.sides import Sides, name_of, substituted, with_backward
 from tvmtrain.passes.sizes import bytes_of
 
-# Operations to do again for one value, and large tensors to read for it.
-LONGEST = 12
+# Operations to do again for one value (a BatchNorm is four), and large tensors to read for it.
+LONGEST = 16
 SOURCES = 2
 # A tensor is small beside one of so many times its bytes: statistics and parameters of channels.
 SMALL = 8

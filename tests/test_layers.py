@@ -41,7 +41,10 @@ ALLOWED: dict[str, set[str]] = {
     "drawing": {"costs", "errors"},
     "roofline": {"errors", "targets"},
     "profile": {"artifact", "console", "costs", "drawing", "errors", "roofline", "runtime"},
-    "lowering": {"cuda_compiler", "filtering", "gpu_code", "kernels", "passes", "pool_kernels", "schedules", "targets"},
+    "lowering": {
+        *("cuda_compiler", "filtering", "gpu_code", "kernels", "norm_kernels", "passes", "pool_kernels", "registers"),
+        *("schedules", "targets"),
+    },
     "fitting": {"errors", "lowering", "passes", "targets"},
     "summarize": {"artifact", "costs", "lowering", "passes", "report", "signature", "targets"},
     "graph": {
@@ -50,21 +53,12 @@ ALLOWED: dict[str, set[str]] = {
     },
     "kernels": {"operators"},
     "pool_kernels": {"kernels"},
+    "norm_kernels": {"operators", "schedules", "targets"},
+    "registers": set(),
     "schedules": {"targets"},
     "builder": {
-        *(
-            "artifact",
-            "costs",
-            "graph",
-            "lowering",
-            "passes",
-            "runtime",
-            "spec",
-            "summarize",
-            "targets",
-            "timeline",
-            "workload",
-        ),
+        *("artifact", "costs", "graph", "lowering", "passes", "runtime", "spec", "summarize", "targets", "timeline"),
+        "workload",
     },
 }
 # These join the rooms above for a person; they may use everything.

@@ -463,24 +463,49 @@ def _dgrad(y: relax.Var, call: relax.Call, g: relax.Var, _: relax.BlockBuilder) 
 def _normalize(y: relax.Var, call: relax.Call, gy: relax.Var, bb: relax.BlockBuilder) -> list[relax.Expr]:
     """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) over the normalized axes (Ioffe and Szegedy, 2015, section 3)."""
     axes = _numbers(call.attrs["axes"])
-    g, xhat, var = (bb.emit(relax.TupleGetItem(t, i)) for t, i in ((gy, 0), (y, 0), (y, 2)))
-    rstd = R.rsqrt(var + _const(float(call.attrs["eps"]), var))
-    mean_g = R.mean(g, axes, keepdims=True)
-    mean_gx = R.mean(g * xhat, axes, keepdims=True)
-    return [rstd * (g - mean_g - xhat * mean_gx)]
+    g, xhat, rstd = (bb.emit(relax.TupleGetItem(t, i)) for t, i in ((gy, 0), (y, 0), (y, 3)))
+    total, along = _gradient_sums(bb, g, xhat, None, axes)
+    share = _const(1 / _count(xhat, total), xhat)
+    return [rstd * (g - share * total - xhat * (share * along))]
+
+
+@rule(operators.BATCH_NORM)
+def _batch_norm(y: relax.Var, call: relax.Call, gy: relax.Var, bb: relax.BlockBuilder) -> list[relax.Expr]:
+    """dx = gamma * rstd * (g - mean(g) - (x - mean) * rstd^2 * mean(g * (x - mean))); gamma's gradient is of the same sums.
+
+    beta's gradient is a sum of its own here: where beta alone is trained, x is not kept. Where it is, ``passes.expand_norms`` finds it.
+    """
+    x, gamma, _beta = call.args
+    g, mean, rstd = (bb.emit(relax.TupleGetItem(t, i)) for t, i in ((gy, 0), (y, 1), (y, 3)))
+    total, along = _gradient_sums(bb, g, x, mean, operators.others(x))
+    share = _const(1 / _count(x, total), x)
+    slope = rstd * rstd * (share * along)
+    dx = (g - share * total - (x - mean) * slope) * (operators.along_channels(gamma, x) * rstd)
+    return [dx, R.reshape(along * rstd, gamma.ty.shape), R.sum(g, operators.others(x))]
 
 
 @rule("relax.nn.batch_norm")
-def _batch_norm(y: relax.Var, call: relax.Call, gy: relax.Var, bb: relax.BlockBuilder) -> list[relax.Expr]:
+def _running_batch_norm(y: relax.Var, call: relax.Call, gy: relax.Var, bb: relax.BlockBuilder) -> list[relax.Expr]:
     """BatchNorm with running statistics: an affine map per channel (axis 1)."""
     x, gamma, _beta, mean, var = call.args
     g = bb.emit(relax.TupleGetItem(gy, 0))
-    shape = [1, _shape(x)[1]] + [1] * (len(_shape(x)) - 2)
-    others = [a for a in range(len(_shape(x))) if a != 1]
     rstd = bb.emit(R.rsqrt(var + _const(float(call.attrs.epsilon), var)))
-    centred = x - R.reshape(mean, shape)
-    dgamma = R.sum(g * centred, others) * rstd
-    return _rest_no_grad(call, g * R.reshape(gamma * rstd, shape), dgamma, R.sum(g, others))
+    centre = bb.emit(operators.along_channels(mean, x))
+    _, along = _gradient_sums(bb, g, x, centre, operators.others(x))
+    dx = g * operators.along_channels(gamma * rstd, x)
+    return _rest_no_grad(call, dx, R.reshape(along, gamma.ty.shape) * rstd, R.sum(g, operators.others(x)))
+
+
+def _gradient_sums(
+    bb: relax.BlockBuilder, g: relax.Expr, x: relax.Expr, mean: relax.Expr | None, axes: Sequence[int]
+) -> tuple[relax.Expr, relax.Expr]:
+    sums = bb.emit(operators.gradient_sums(g, x, mean, axes))
+    return bb.emit(relax.TupleGetItem(sums, 0)), bb.emit(relax.TupleGetItem(sums, 1))
+
+
+def _count(x: relax.Expr, total: relax.Expr) -> int:
+    """How many numbers of x each of the sums is made of."""
+    return math.prod(_shape(x)) // math.prod(_shape(total))
 
 
 @rule("relax.nn.log_softmax")

@@ -14,7 +14,7 @@ from tvm_ffi import get_global_func, register_global_func
 from tvm_ffi.registry import remove_global_func
 
 # Importing the kernels registers them.
-from tvmtrain import cuda_compiler, filtering, gpu_code, kernels, pool_kernels, schedules  # noqa: F401
+from tvmtrain import cuda_compiler, filtering, gpu_code, kernels, norm_kernels, pool_kernels, registers, schedules  # noqa: F401
 from tvmtrain.passes.order import OrderForMemory
 from tvmtrain.passes.plan_arena import PlanArena
 from tvmtrain.passes.share_workspace import ShareWorkspace, place_buffers
@@ -51,7 +51,7 @@ def schedule(mod: tvm.IRModule, device: Device) -> tvm.IRModule:
 
 def _legalize(device: Device) -> list[tvm.ir.transform.Pass]:
     if device.gpu is None:
-        return [relax.backend.DispatchSortScan(), relax.transform.LegalizeOps()]
+        return [relax.backend.DispatchSortScan(), relax.transform.LegalizeOps(norm_kernels.legalization(device))]
     # TVM's running sum for GPUs has the threads of a warp read what others may not have written yet.
     return [relax.transform.LegalizeOps({"relax.cumsum": kernels.legalize_running_sum})]
 
@@ -93,7 +93,8 @@ def _generate(planned: tvm.IRModule, device: Device) -> Executable:
     # CUDA's own compiler unrolls loops; written out before it reads them, they are a hundred times its work.
     written_out = {"tirx.UnrollLoop": {"explicit_unroll": False}} if device.gpu else {}
     with PassContext(opt_level=3, config=written_out):
-        return tvm.compile(planned, target=Target(dict(device.target)), relax_pipeline=_virtual_machine())
+        target = Target(dict(device.target))
+        return tvm.compile(planned, target=target, relax_pipeline=_virtual_machine(), tir_pipeline=registers.PIPELINE)
 
 
 @contextmanager

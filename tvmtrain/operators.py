@@ -23,6 +23,9 @@ from tvm.relax.transform.legalize_ops.common import register_legalize
 
 HARDTANH = "tvmtrain.hardtanh"
 NORMALIZE = "tvmtrain.normalize"
+BATCH_NORM = "tvmtrain.batch_norm"
+STATISTICS = "tvmtrain.statistics"
+GRADIENT_SUMS = "tvmtrain.gradient_sums"
 DGRAD = "tvmtrain.conv2d_dgrad"
 WGRAD = "tvmtrain.conv2d_wgrad"
 PACKED_CONV = "tvmtrain.packed_conv2d"
@@ -56,11 +59,22 @@ def _viewed_linear_type(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.Ten
     return relax.TensorType([*list(x.ty.shape)[:-1], w.ty.shape[0]], x.ty.dtype)
 
 
-def _normalize_type(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TupleType:
+def _kept_type(call: relax.Call) -> relax.TensorType:
     x = call.args[0].ty
     axes = {int(a) for a in call.attrs["axes"]}
-    kept = relax.TensorType([1 if a in axes else int(d) for a, d in enumerate(x.shape)], x.dtype)
-    return relax.TupleType([relax.TensorType(list(x.shape), x.dtype), kept, kept])
+    return relax.TensorType([1 if a in axes else int(d) for a, d in enumerate(x.shape)], x.dtype)
+
+
+def _normalize_type(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TupleType:
+    return relax.TupleType([call.args[0].ty, *[_kept_type(call)] * 3])
+
+
+def _statistics_type(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TupleType:
+    return relax.TupleType([_kept_type(call)] * 3)
+
+
+def _gradient_sums_type(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TupleType:
+    return relax.TupleType([_kept_type(call)] * 2)
 
 
 def _bits_type(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TensorType:
@@ -88,6 +102,9 @@ register(PACK_BITS, "a mask, eight numbers to a byte", _bits_type)
 register(UNPACK_BITS, "the mask that was packed", _mask_type)
 register(HARDTANH, "clip, without a gradient at its bounds", _type_of_argument)
 register(NORMALIZE, "(x - mean) / sqrt(var + eps) with its statistics", _normalize_type)
+register(BATCH_NORM, "gamma * (x - mean) / sqrt(var + eps) + beta with its statistics", _normalize_type)
+register(STATISTICS, "mean, variance and 1 / sqrt(var + eps)", _statistics_type)
+register(GRADIENT_SUMS, "the sums of dy and of dy * (x - mean)", _gradient_sums_type)
 
 
 def dict_attrs(**fields: Any) -> tvm.ir.Attrs:
@@ -144,23 +161,86 @@ def _legalize_hardtanh(_bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
 
 
 def normalize(x: relax.Expr, axes: Sequence[int], eps: float) -> relax.Call:
-    """(xhat, mean, var) of x over ``axes``: var is biased, mean and var keep the reduced axes with size 1.
+    """(xhat, mean, var, rstd) of x over ``axes``: var is biased, the statistics keep the reduced axes with size 1.
 
-    The shared core of BatchNorm in training mode, LayerNorm, GroupNorm and InstanceNorm. Gradients flow through xhat alone.
+    The shared core of LayerNorm, GroupNorm and InstanceNorm. Gradients flow through xhat alone.
     """
     return relax.Call(Op.get(NORMALIZE), [x], dict_attrs(axes=[int(a) for a in axes], eps=float(eps)))
 
 
+def batch_norm(x: relax.Expr, gamma: relax.Expr, beta: relax.Expr, eps: float) -> relax.Call:
+    """(y, mean, var, rstd) of x [N, C, ..] with gamma and beta [C]: BatchNorm in training mode; the statistics are [1, C, 1, ..].
+
+    Gradients flow through y alone.
+    """
+    return relax.Call(Op.get(BATCH_NORM), [x, gamma, beta], dict_attrs(axes=others(x), eps=float(eps)))
+
+
+def others(x: relax.Expr) -> list[int]:
+    """All axes of x [N, C, ..] but the channels'."""
+    return [a for a in range(len(x.ty.shape)) if a != 1]
+
+
+def along_channels(vector: relax.Expr, x: relax.Expr) -> relax.Call:
+    """A vector [C] as [1, C, 1, ..], beside x [N, C, ..]."""
+    return R.reshape(vector, [1, int(x.ty.shape[1]), *[1] * (len(x.ty.shape) - 2)])
+
+
+def statistics(x: relax.Expr, axes: Sequence[int], eps: float) -> relax.Call:
+    """(mean, var, 1 / sqrt(var + eps)) of x over ``axes``, which stay with size 1; var is biased."""
+    return relax.Call(Op.get(STATISTICS), [x], dict_attrs(axes=[int(a) for a in axes], eps=float(eps)))
+
+
+def gradient_sums(gy: relax.Expr, x: relax.Expr, mean: relax.Expr | None, axes: Sequence[int]) -> relax.Call:
+    """(sum of gy, sum of gy * (x - mean)) over ``axes``, which stay with size 1. mean: of that shape; None for 0."""
+    args = [gy, x, *([] if mean is None else [mean])]
+    return relax.Call(Op.get(GRADIENT_SUMS), args, dict_attrs(axes=[int(a) for a in axes]))
+
+
+def _fields(bb: relax.BlockBuilder, parts: relax.Expr) -> list[relax.Var]:
+    parts = bb.emit(parts)
+    return [bb.emit(relax.TupleGetItem(parts, i)) for i in range(len(parts.ty.fields))]
+
+
 @register_legalize(NORMALIZE)
-def _legalize_normalize(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-    """Two passes over x, as PyTorch does: E[x^2] - E[x]^2 cancels where the mean is large."""
+def expanded_normalize(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    """The statistics, and what is elementwise."""
     x = call.args[0]
-    axes = [int(a) for a in call.attrs["axes"]]
+    mean, var, rstd = _fields(bb, statistics(x, _axes(call), float(call.attrs["eps"])))
+    return relax.Tuple([bb.emit(R.multiply(bb.emit(R.subtract(x, mean)), rstd)), mean, var, rstd])
+
+
+@register_legalize(BATCH_NORM)
+def expanded_batch_norm(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    """The statistics, and what is elementwise: x - mean first, as x * scale + shift cancels where the mean is large."""
+    x, gamma, beta = call.args
+    mean, var, rstd = _fields(bb, statistics(x, _axes(call), float(call.attrs["eps"])))
+    xhat = bb.emit(R.multiply(bb.emit(R.subtract(x, mean)), rstd))
+    scaled = bb.emit(R.multiply(xhat, bb.emit(along_channels(gamma, x))))
+    return relax.Tuple([bb.emit(R.add(scaled, bb.emit(along_channels(beta, x)))), mean, var, rstd])
+
+
+@register_legalize(STATISTICS)
+def plain_statistics(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    """Two passes over x, as PyTorch does: E[x^2] - E[x]^2 cancels where the mean is large."""
+    x, axes = call.args[0], _axes(call)
     mean = bb.emit(R.mean(x, axes, keepdims=True))
     centred = bb.emit(R.subtract(x, mean))
     var = bb.emit(R.mean(bb.emit(R.multiply(centred, centred)), axes, keepdims=True))
-    rstd = bb.emit(R.rsqrt(bb.emit(R.add(var, relax.const(float(call.attrs["eps"]), x.ty.dtype)))))
-    return relax.Tuple([bb.emit(R.multiply(centred, rstd)), mean, var])
+    return relax.Tuple([mean, var, bb.emit(R.rsqrt(bb.emit(R.add(var, relax.const(float(call.attrs["eps"]), x.ty.dtype)))))])
+
+
+@register_legalize(GRADIENT_SUMS)
+def plain_gradient_sums(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    """One sum after the other."""
+    gy, x, *mean = call.args
+    centred = bb.emit(R.subtract(x, mean[0])) if mean else x
+    sums = [bb.emit(R.sum(value, _axes(call), keepdims=True)) for value in (gy, bb.emit(R.multiply(gy, centred)))]
+    return relax.Tuple(sums)
+
+
+def _axes(call: relax.Call) -> list[int]:
+    return [int(a) for a in call.attrs["axes"]]
 
 
 def viewed_conv2d(

@@ -204,7 +204,8 @@ def operations(value: relax.Expr, result: relax.Var) -> int:
         return max(2 * terms - numbers, terms)
     if name == "relax.matmul":
         return _product(math.prod(_shape(result)), _shape(value.args[0])[-1])
-    return math.prod(_shape(value.args[0])) if name in SUMS else 0
+    passes = 2 if name == operators.GRADIENT_SUMS else int(name in SUMS)
+    return passes * math.prod(_shape(value.args[0])) if passes else 0
 
 
 # ---- layers ----

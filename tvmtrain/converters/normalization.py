@@ -17,13 +17,11 @@ from tvmtrain.errors import UnsupportedOperatorError
 
 
 class Normalization(Converter):
-    """All of them share one operator, ``operators.normalize``; running statistics are state."""
+    """LayerNorm, GroupNorm and InstanceNorm share ``operators.normalize``; running statistics of BatchNorm are state."""
 
-    def _normalize(self, x: relax.Expr, axes: Sequence[int], eps: float) -> tuple[relax.Expr, relax.Expr, relax.Expr]:
-        """(x - mean) / sqrt(var + eps) over ``axes``, with the mean and the biased variance, which carry no gradient."""
-        parts = self.emit(operators.normalize(x, axes, eps))
-        xhat, mean, var = (self.emit(relax.TupleGetItem(parts, i)) for i in range(3))
-        return xhat, self.emit(R.grad.no_grad(mean)), self.emit(R.grad.no_grad(var))
+    def _normalize(self, x: relax.Expr, axes: Sequence[int], eps: float) -> relax.Expr:
+        """(x - mean) / sqrt(var + eps) over ``axes``."""
+        return self.emit(relax.TupleGetItem(self.emit(operators.normalize(x, axes, eps)), 0))
 
     def _affine(self, xhat: relax.Expr, gamma: Any, beta: Any, dims: Sequence[int]) -> relax.Expr:
         if gamma is not None:
@@ -49,10 +47,18 @@ class Normalization(Converter):
         return self._batch_statistics(x, gamma, beta, eps)
 
     def _batch_statistics(self, x: relax.Expr, gamma: Any, beta: Any, eps: float) -> tuple[relax.Expr, relax.Expr, relax.Expr]:
-        dims = shape(x)
-        xhat, mean, var = self._normalize(x, [a for a in range(len(dims)) if a != 1], eps)
-        mean, var = (self.emit(R.reshape(stat, [dims[1]])) for stat in (mean, var))
-        return self._affine(xhat, gamma, beta, per_channel(dims)), mean, var
+        """y, with the mean and the biased variance [C], which carry no gradient."""
+        channels = shape(x)[1]
+        parts = self.emit(operators.batch_norm(x, *self._affine_parameters(x, gamma, beta), eps))
+        y, mean, var = (self.emit(relax.TupleGetItem(parts, i)) for i in range(3))
+        mean, var = (self.emit(R.reshape(self.emit(R.grad.no_grad(stat)), [channels])) for stat in (mean, var))
+        return y, mean, var
+
+    def _affine_parameters(self, x: relax.Expr, gamma: Any, beta: Any) -> tuple[relax.Expr, relax.Expr]:
+        """gamma and beta [C]; ones and zeros where a layer has none."""
+        channels = shape(x)[1]
+        gamma = gamma if gamma is not None else relax.const(np.ones(channels), x.ty.dtype)
+        return gamma, beta if beta is not None else relax.const(np.zeros(channels), x.ty.dtype)
 
     def _blend(self, running: relax.Expr, batch: relax.Expr, momentum: float) -> relax.Expr:
         kept = self.emit(R.multiply(running, relax.const(1.0 - momentum, running.ty.dtype)))
@@ -65,23 +71,21 @@ class Normalization(Converter):
     def _running_statistics(
         self, x: relax.Expr, gamma: Any, beta: Any, mean: relax.Expr, var: relax.Expr, eps: float
     ) -> relax.Expr:
-        channels = shape(x)[1]
-        gamma = gamma if gamma is not None else relax.const(np.ones(channels), x.ty.dtype)
-        beta = beta if beta is not None else relax.const(np.zeros(channels), x.ty.dtype)
+        gamma, beta = self._affine_parameters(x, gamma, beta)
         call = R.nn.batch_norm(x, gamma, beta, mean, var, axis=1, epsilon=eps, training=False)
         return self.emit(relax.TupleGetItem(self.emit(call), 0))
 
     def convert_layer_norm__default(self, node: fx.Node) -> relax.Expr:
         x, normalized, gamma, beta, eps = self._args(node)[:5]
         rank = len(shape(x))
-        xhat, _, _ = self._normalize(x, range(rank - len(normalized), rank), eps)
+        xhat = self._normalize(x, range(rank - len(normalized), rank), eps)
         return self._affine(xhat, gamma, beta, [int(d) for d in normalized])
 
     def convert_group_norm__default(self, node: fx.Node) -> relax.Expr:
         x, groups, gamma, beta, eps = self._args(node)[:5]
         dims = shape(x)
         grouped = self.emit(R.reshape(x, [dims[0], groups, -1]))
-        xhat, _, _ = self._normalize(grouped, [2], eps)
+        xhat = self._normalize(grouped, [2], eps)
         return self._affine(self.emit(R.reshape(xhat, dims)), gamma, beta, per_channel(dims))
 
     def convert_instance_norm__default(self, node: fx.Node) -> relax.Expr:
@@ -89,7 +93,7 @@ class Normalization(Converter):
         if not use_input_stats or mean is not None:
             raise UnsupportedOperatorError(f"{place_of(node)}: InstanceNorm with running statistics is not supported")
         dims = shape(x)
-        xhat, _, _ = self._normalize(x, range(2, len(dims)), eps)
+        xhat = self._normalize(x, range(2, len(dims)), eps)
         return self._affine(xhat, gamma, beta, per_channel(dims))
 
     def convert_var__correction(self, node: fx.Node) -> relax.Expr:
