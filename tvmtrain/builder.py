@@ -8,6 +8,7 @@ from importlib import metadata
 
 import numpy as np
 import tvm
+from tvm.ir.transform import Sequential
 
 from tvmtrain import lowering, runtime, summarize, targets, workload
 from tvmtrain.artifact import Artifact, Entry, Manifest, TensorSpec
@@ -35,7 +36,7 @@ def build(graph: TrainGraph, device: str | Device = "host", *, gradients: bool =
     if not gradients:
         del module[module.get_global_var("gradients")]
     if device.gpu is None:
-        module = PackFrozen()(module)
+        module = Sequential([PackFrozen()])(module)
     entries = graph.entries(module)
     state = graph.state(entries)
     fused = lowering.fuse(module, device)
