@@ -5,6 +5,8 @@
     y, mean, var, rstd = batch_norm(x, gamma, beta)
     -->  mean, var, rstd = statistics(x); y = (x - mean) * rstd * gamma + beta
 
+   With running statistics: y = (x - mean) * (gamma * rstd) + beta.
+
 2. The backward. Where the gradient of gamma or of x reads gy and x for its sums, beta's is one of them:
 
     sums = gradient_sums(gy, x, mean); dbeta = sum(gy)   -->   sums = gradient_sums(gy, x, mean); dbeta = sums[0]
@@ -24,7 +26,11 @@ from tvm.relax import op as R
 from tvmtrain import operators, signature
 from tvmtrain.passes.sides import name_of
 
-EXPANDED = {operators.NORMALIZE: operators.expanded_normalize, operators.BATCH_NORM: operators.expanded_batch_norm}
+EXPANDED = {
+    operators.NORMALIZE: operators.expanded_normalize,
+    operators.BATCH_NORM: operators.expanded_batch_norm,
+    "relax.nn.batch_norm": operators.expanded_running_batch_norm,
+}
 
 
 @module_pass(opt_level=0, name="ExpandNorms")

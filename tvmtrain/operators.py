@@ -220,6 +220,16 @@ def expanded_batch_norm(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     return relax.Tuple([bb.emit(R.add(scaled, bb.emit(along_channels(beta, x)))), mean, var, rstd])
 
 
+def expanded_running_batch_norm(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    """``R.nn.batch_norm`` with running statistics: (x - mean) * scale + beta, and the statistics as they are."""
+    x, gamma, beta, mean, var = call.args
+    rstd = bb.emit(R.rsqrt(bb.emit(R.add(var, relax.const(float(call.attrs.epsilon), var.ty.dtype)))))
+    scale = bb.emit(along_channels(bb.emit(R.multiply(gamma, rstd)), x))
+    centred = bb.emit(R.subtract(x, bb.emit(along_channels(mean, x))))
+    y = R.add(bb.emit(R.multiply(centred, scale)), bb.emit(along_channels(beta, x)))
+    return relax.Tuple([bb.emit(y), mean, var])
+
+
 @register_legalize(STATISTICS)
 def plain_statistics(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     """Two passes over x, as PyTorch does: E[x^2] - E[x]^2 cancels where the mean is large."""
