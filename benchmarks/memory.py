@@ -1,17 +1,21 @@
 """Memory of one training step: MobileNetV2 0.35, 128 px, batch 1, float32, under several update plans, beside PyTorch.
 
-    python benchmarks/memory.py
+    python benchmarks/memory.py [--time]
 
 Compiled: what the forward keeps for the backward, the arena (all that lives shorter than a step), and what one kernel allocates
 beside it for each core. Each row twice: as it is, and in strips (``TrainGraph.within``) so that it takes a tenth of PyTorch's memory;
 "forward" is the work of the forward, of which strips do some again. PyTorch: the most bytes that its allocator has handed out at once
 in a step beyond parameters and gradients of the same trained layers, by its own profiler (``profile_memory``). Channels that the
-sparse plan chooses cannot be told to PyTorch, which trains those layers whole.
+sparse plan chooses cannot be told to PyTorch, which trains those layers whole. ``--time`` compiles each row and adds the median
+milliseconds of a step, whole and in strips in turn (about two minutes a row).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import argparse
+import statistics
+import time
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import networks
@@ -78,7 +82,24 @@ def line(name: str, summary: Summary, theirs: int, forward: float, share: float)
     return f"{name:34}{kept:>8}{masks:>8}{arena:>8}{workspace:>11}{peak:>9}{ratio:>8}{forward:>9.2f}{share:>14.1%}"
 
 
+def milliseconds(graphs: Sequence[tt.TrainGraph], x: torch.Tensor, y: torch.Tensor) -> list[str]:
+    """Median time of a step of each graph, ten at a time in turn."""
+    steps = [tt.build(graph).load() for graph in graphs]
+    took: list[list[float]] = [[] for _ in steps]
+    for _ in range(20):
+        for step, times in zip(steps, took, strict=True):
+            step(x, y, lr=0.0)
+            for _ in range(10):
+                begin = time.perf_counter()
+                step(x, y, lr=0.0)
+                times.append(1e3 * (time.perf_counter() - begin))
+    return [f"{statistics.median(times):8.2f} ms" for times in took]
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--time", action="store_true", help="also compile each row, and time its step")
+    timed = parser.parse_args().time
     model, x, y = networks.mcu_mobilenetv2(batch=1, size=128)
     dense = tt.trace(model, x, y)
     print(
@@ -87,10 +108,13 @@ def main() -> None:
     for name, graph in rows(dense):
         whole = graph.summary()
         theirs, share = pytorch_peak(model, x, y, set(graph.trained)), weights_trained(graph, whole)
-        print(line(name, whole, theirs, 1.0, share), flush=True)
-        if (small := tenth(graph, theirs)) is not None:
+        small = tenth(graph, theirs)
+        times = milliseconds([graph, *([small] if small is not None else [])], x, y) if timed else ["", ""]
+        print(line(name, whole, theirs, 1.0, share) + times[0], flush=True)
+        if small is not None:
             cut = small.summary()
-            print(line(f"{name}, in strips", cut, theirs, cut.forward_flops / whole.forward_flops, share), flush=True)
+            work = cut.forward_flops / whole.forward_flops
+            print(line(f"{name}, in strips", cut, theirs, work, share) + times[1], flush=True)
 
 
 if __name__ == "__main__":

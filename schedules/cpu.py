@@ -13,10 +13,8 @@ A template that does not fit a block is undone; the worst that can happen is a p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from itertools import combinations, product
 from math import prod
 
 from tvm import tirx
@@ -25,14 +23,20 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.tirx import IndexMap
 
 from tvmtrain.schedules.blocks import FAILURES, Access, Block, describe, merged
+from tvmtrain.schedules.side_by_side import side_by_side
+from tvmtrain.schedules.tiles import (
+    PARALLEL,
+    Tile,
+    extent_of,
+    fill_then_copy,
+    known,
+    lanes_of,
+    leave_registers,
+    register_tile,
+    vector_axis,
+)
 from tvmtrain.targets import Device
 
-# Below this many steps, starting the other threads costs more than they save.
-PARALLEL = 16384
-# Tiles of up to this many results along one axis; more registers than any processor has would be needed beyond.
-LARGEST_TILE = 16
-# Statements to which the code that follows a tile may be unrolled.
-LARGEST_EPILOGUE = 64
 # Multiplications to which the taps of a small kernel may be written out.
 LARGEST_TAPS = 128
 # Bytes that the partial sums of one kernel may take.
@@ -41,16 +45,6 @@ LARGEST_PARTIAL = 4 * 2**20
 LINE = 8
 
 Template = Callable[[Schedule, Block, Device], bool]
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A register tile: ``columns`` vectors of ``lanes`` along ``axis``, times ``rows`` (axis, how many)."""
-
-    axis: int
-    lanes: int
-    columns: int
-    rows: tuple[tuple[int, int], ...]
 
 
 def schedule(func: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:
@@ -100,8 +94,8 @@ def _blocks(sch: Schedule) -> list[Block]:
         blocks = [describe(sch, block) for block in sch.get_child_blocks(sch.get_sblock("root"))]
     except FAILURES:
         return []
-    known = [b for b in blocks if b is not None]
-    return known if len({b.name for b in known}) == len(blocks) else []
+    described = [b for b in blocks if b is not None]
+    return described if len({b.name for b in described}) == len(blocks) else []
 
 
 # --- Inlining ---------------------------------------------------------------------------------------------------------------
@@ -130,8 +124,8 @@ def _pad(sch: Schedule, blocks: Sequence[Block], device: Device) -> bool:
     """Matrix products whose rows are no whole vectors (197 tokens) get operands padded with zeros; whether there were any."""
     padded = False
     for block in blocks:
-        axis = _vector_axis(block) if len(block.reads) > 1 and block.volume >= PARALLEL else None
-        if axis is None or _lanes(block.extents[axis], device) is not None:
+        axis = vector_axis(block) if len(block.reads) > 1 and block.volume >= PARALLEL else None
+        if axis is None or lanes_of(block.extents[axis], device) is not None:
             continue
         steps = [device.lanes() if v.var.same_as(block.variables[axis]) else 1 for v in block.source.iter_vars]
         with suppress(*FAILURES):
@@ -147,9 +141,9 @@ def tile(sch: Schedule, block: Block, device: Device) -> bool:
     """Results that lie side by side: a tile of them in registers, the reduction around it, cores over the tiles."""
     rv = sch.get_sblock(block.name)
     epilogue, cut = _epilogue(sch, block) if block.reduction else (None, False)
-    shape = _tile(block, device, cut) if block.reduction else None
+    shape = register_tile(block, device, cut) if block.reduction else None
     if shape is None and cut:
-        epilogue, shape = None, _tile(block, device, False)
+        epilogue, shape = None, register_tile(block, device, False)
     if shape is None:
         return False
     loops = sch.get_loops(rv)
@@ -159,7 +153,7 @@ def tile(sch: Schedule, block: Block, device: Device) -> bool:
     outer = [outer_of.get(a, loops[a]) for a in axes]
     reductions = [loops[a] for a in block.reductions]
     sch.reorder(*outer, *reductions, *inner)
-    counts = [_extent(sch, loop) for loop in outer]
+    counts = [extent_of(sch, loop) for loop in outer]
     shared, private = _share(sch, block, axes, counts, device) if block.volume >= PARALLEL else (0, [])
     outer = _parallel(sch, outer, shared)
     copies = list(private)
@@ -171,7 +165,7 @@ def tile(sch: Schedule, block: Block, device: Device) -> bool:
             sch.compute_at(padded, outer[0])
     _finish_in(sch, rv, epilogue, outer[-1] if outer else None, device)
     for copied in copies:
-        _fill_then_copy(sch, copied)
+        fill_then_copy(sch, copied)
     for loop in inner[:-1]:
         sch.unroll(loop)
     sch.vectorize(inner[-1])
@@ -183,192 +177,14 @@ def tile(sch: Schedule, block: Block, device: Device) -> bool:
 
 def _taps(sch: Schedule, reductions: Sequence[LoopRV], inner: Sequence[LoopRV]) -> list[LoopRV]:
     """The innermost reductions that are short enough to be written out: neighbouring taps then share what they read."""
-    size = prod(_extent(sch, loop) for loop in inner[:-1])
+    size = prod(extent_of(sch, loop) for loop in inner[:-1])
     taken: list[LoopRV] = []
     for loop in reversed(reductions):
-        size *= _extent(sch, loop)
+        size *= extent_of(sch, loop)
         if size > LARGEST_TAPS:
             break
         taken.append(loop)
     return taken
-
-
-def side_by_side(sch: Schedule, block: Block, device: Device) -> bool:
-    """[layers, filters, images, places] of a product over channels, and the sum of the layers.
-
-    The cores share the filters; the results leave for their maps in long runs.
-    """
-    layers = _one_consumer(sch, block)
-    if layers is None or block.reduced[:5] != (False,) * 4 + (True,):
-        return False
-    maps = _maps_of(sch, layers if layers.reduction else block)
-    if maps is None:
-        return False
-    rv, (_, outputs, batch, each) = sch.get_sblock(block.name), block.extents[:4]
-    registers = _line_up(sch, rv, each)
-    shape = _tile(_known(sch, rv), device, False)
-    if shape is None or shape.axis != 2:
-        return False
-    rows = dict(shape.rows).get(1, 1)
-    layer, o, j, *taps = sch.get_loops(rv)
-    together = _filters_together(outputs, rows, 4 * max(batch * each, prod(block.extents[4:])), device)
-    part, group, row = sch.split(o, factors=[None, together // rows, rows])
-    run, column, lane = sch.split(j, factors=[None, shape.columns, shape.lanes])
-    sch.reorder(part, layer, run, group, *taps, row, column, lane)
-    if block.volume >= PARALLEL:
-        sch.parallel(part)
-    _leave_registers(sch, registers, group, device)
-    _weights_at_hand(sch, block, part)
-    if layers.reduction:
-        _add_layers(sch, layers, part)
-    _leave(sch, maps, part, batch * together)
-    _gather(sch, _known(sch, sch.get_sblock("packed")), shape.columns * shape.lanes, block.volume >= PARALLEL)
-    for loop in (row, column):
-        sch.unroll(loop)
-    sch.vectorize(lane)
-    sch.decompose_reduction(rv, taps[0])
-    return True
-
-
-def _weights_at_hand(sch: Schedule, block: Block, part: LoopRV) -> None:
-    """A copy of the weights of some filters, where a sum goes across the rows in which they lie (dX): powers of two apart, or far."""
-    found = next((i for i, r in enumerate(block.reads) if r.strides[3] == 0), None)
-    strides = (None,) * 5 if found is None else block.reads[found].strides
-    if found is not None and strides[1] is not None and strides[1] < (strides[4] or 0):
-        sch.compute_at(sch.cache_read(sch.get_sblock(block.name), found, "global"), part)
-
-
-def _one_consumer(sch: Schedule, block: Block) -> Block | None:
-    consumers = sch.get_consumers(sch.get_sblock(block.name))
-    return describe(sch, consumers[0]) if len(consumers) == 1 else None
-
-
-def _add_layers(sch: Schedule, layers: Block, part: LoopRV) -> None:
-    """The sum of the layers of some filters."""
-    rv = sch.get_sblock(layers.name)
-    sch.reverse_compute_at(rv, part)
-    *_, place, layer = sch.get_loops(rv)
-    sch.reorder(layer, place)
-
-
-def _line_up(sch: Schedule, rv: SBlockRV, each: int) -> SBlockRV:
-    """Images and places become one axis; the copy that brings its results from the registers."""
-    line = IndexMap.from_func(lambda k, o, n, j, *c: [k, o, n * each + j, *c], ndim=len(sch.get_loops(rv)), index_dtype="int64")
-    flat = IndexMap.from_func(lambda k, o, n, j: [k, o, n * each + j], ndim=4, index_dtype="int64")
-    registers = sch.cache_write(rv, 0, "local")
-    sch.transform_layout(rv, ("write", 0), flat)
-    sch.transform_block_layout(registers, flat)
-    sch.transform_block_layout(rv, line)
-    return registers
-
-
-def _gather(sch: Schedule, block: Block, run: int, parallel: bool) -> None:
-    """[channels, taps, images, places] from images that are padded channel by channel; what a tile reads lies side by side."""
-    rv, each = sch.get_sblock(block.name), block.extents[4]
-    if block.extents[3] * each % run == 0:
-        lines = IndexMap.from_func(
-            lambda c, y, x, n, j: [(n * each + j) // run, c, y, x, (n * each + j) % run], ndim=5, index_dtype="int64"
-        )
-        sch.transform_layout(rv, ("write", 0), lines)
-    channel, *_, last = sch.get_loops(rv)
-    if parallel:
-        sch.parallel(channel)
-    pads = [sch.get(pad).name_hint for pad in sch.get_producers(rv)]
-    for pad in pads:
-        sch.compute_at(sch.get_sblock(pad), channel)
-    for pad in pads:
-        _fill_then_copy(sch, pad)
-    with suppress(*FAILURES):
-        sch.decompose_padding(rv, last)
-
-
-def _maps_of(sch: Schedule, block: Block) -> SBlockRV | None:
-    """The one block that brings [.., filters, images, places] into the images' order, with rows and columns made one axis."""
-    after = _one_consumer(sch, block)
-    if after is None or after.reduction or len(after.extents) != 4 or len(block.write.index) < 3:
-        return None
-    access = [r for r in after.reads if r.buffer.same_as(block.write.buffer)]
-    (n, o, *_), width = after.variables, after.extents[3]
-    if len(access) != 1 or merged(access[0], after.extents) < 2:
-        return None
-    *_, filters, image, _ = access[0].index
-    if not (filters.same_as(o) or after.extents[1] == 1) or not (image.same_as(n) or after.extents[0] == 1):
-        return None
-    rv = sch.get_sblock(after.name)
-    joined = IndexMap.from_func(lambda n, o, h, v: [n, o, h * width + v], ndim=4, index_dtype="int64")
-    sch.transform_block_layout(rv, joined)
-    return rv
-
-
-def _filters_together(outputs: int, rows: int, size: int, device: Device) -> int:
-    """How many filters one core works on at a time: their weights or results, of ``size`` bytes each, fill half of its cache."""
-    groups = outputs // rows
-    fitting = [d for d in _divisors(groups, groups) if d * rows * size <= device.caches.l2 // 2 and groups // d >= device.cores]
-    return rows * max(fitting, default=1)
-
-
-def _leave(sch: Schedule, maps: SBlockRV, part: LoopRV, planes: int) -> None:
-    """Results go to the images as soon as all places of some filters are there."""
-    (*_, area) = _known(sch, maps).extents
-    sch.reverse_compute_at(maps, part)
-    loops = sch.get_loops(maps)[1:]
-    # Where it does not understand the places, reverse_compute_at (TVM 0.27) leaves some of them out.
-    if prod(_extent(sch, loop) for loop in loops) != planes * area:
-        raise ValueError("some places are left out")
-
-
-def _tile(block: Block, device: Device, whole: bool) -> Tile | None:
-    """The register tile of a reduction, of whole rows if asked for; None if no axis of the result can be a vector."""
-    axis = _vector_axis(block)
-    width = _lanes(block.extents[axis], device) if axis is not None else None
-    if axis is None or width is None:
-        return None
-    vectors = [r for r in block.reads if r.strides[axis] == 1]
-    others = [a for a in reversed(block.spatial) if a != axis and block.extents[a] > 1]
-    reusing = [a for a in others if any(r.strides[a] == 0 for r in vectors)]
-    scalars = [a for a in others if len(block.reads) > 1 and any(r.strides[a] == 0 for r in block.reads)]
-    count = block.extents[axis] // width
-    columns = [count] if whole else _divisors(count, 4)
-    sizes = {a: _divisors(block.extents[a], LARGEST_TILE if reusing else 4) for a in (reusing or scalars[:1])}
-    return _best_tile(Tile(axis, width, 1, ()), columns, sizes, device.vector_registers)
-
-
-def _best_tile(best: Tile, widths: Sequence[int], sizes: Mapping[int, Sequence[int]], registers: int) -> Tile | None:
-    """The tile with most arithmetic for each value loaded, that fits the registers; rows along two axes at most."""
-    value = 0.0
-    for axes in combinations(sizes, min(2, len(sizes))):
-        for columns, *heights in product(widths, *(sizes[a] for a in axes)):
-            height = prod(heights)
-            score = height * columns / (height + columns)
-            if score > value and height * columns + columns + 1 <= registers:
-                rows = tuple((axis, size) for axis, size in zip(axes, heights, strict=True) if size > 1)
-                best, value = Tile(best.axis, best.lanes, columns, rows), score
-    return best if value else None
-
-
-def _vector_axis(block: Block) -> int | None:
-    """The axis of a reduction's results along which a vector can run."""
-    return next((a for a in reversed(block.spatial) if block.reduction and _contiguous(block, a)), None)
-
-
-def _contiguous(block: Block, axis: int) -> bool:
-    """Whether a vector along ``axis`` writes neighbours, and reads neighbours or one value for all."""
-    steps = [r.strides[axis] for r in block.reads]
-    return block.extents[axis] > 1 and block.write.strides[axis] == 1 and all(s in (0, 1) for s in steps) and 1 in steps
-
-
-def _lanes(extent: int, device: Device) -> int | None:
-    """How many elements a vector along ``extent`` has: no remainder; short odd extents become one odd vector."""
-    width = device.lanes()
-    while width > 2 and extent % width:
-        width //= 2
-    if width > 2 or extent == 2:
-        return width
-    return extent if extent <= 2 * device.lanes() else None
-
-
-def _divisors(n: int, most: int) -> list[int]:
-    return [d for d in range(1, min(n, most) + 1) if n % d == 0]
 
 
 def _split(sch: Schedule, loops: Sequence[LoopRV], shape: Tile) -> tuple[list[LoopRV], dict[int, LoopRV]]:
@@ -433,13 +249,6 @@ def _take_apart(sch: Schedule, name: str) -> None:
         sch.unroll(row)
 
 
-def _fill_then_copy(sch: Schedule, name: str) -> None:
-    """A padded copy without a question for each element: zeros everywhere, then what lies inside."""
-    rv = sch.get_sblock(name)
-    with suppress(*FAILURES):
-        sch.decompose_padding(rv, sch.get_loops(rv)[1])
-
-
 # --- What follows a reduction -------------------------------------------------------------------------------------------------
 
 
@@ -487,23 +296,7 @@ def _finish_in(sch: Schedule, rv: SBlockRV, epilogue: SBlockRV | None, at: LoopR
     elif at is not None:
         sch.set_scope(rv, 0, "local")
     if at is not None:
-        _leave_registers(sch, epilogue, at, device)
-
-
-def _leave_registers(sch: Schedule, epilogue: SBlockRV, at: LoopRV, device: Device) -> None:
-    """Write a tile of results, vector by vector."""
-    sch.reverse_compute_at(epilogue, at)
-    loops = sch.get_loops(epilogue)
-    outside = 1 + next(i for i, loop in enumerate(loops) if sch.get(loop).same_as(sch.get(at)))
-    *rows, last = loops[outside:]
-    width = _lanes(_extent(sch, last), device) or 1
-    if width > 1:
-        last, lane = sch.split(last, factors=[None, width])
-        sch.vectorize(lane)
-    # Registers have no addresses: each result must be named.
-    if prod(_extent(sch, loop) for loop in (*rows, last)) <= LARGEST_EPILOGUE:
-        for loop in (*rows, last):
-            sch.unroll(loop)
+        leave_registers(sch, epilogue, at, device)
 
 
 # --- Reductions along memory --------------------------------------------------------------------------------------------------
@@ -521,7 +314,7 @@ def lanes(sch: Schedule, block: Block, device: Device) -> bool:
         if block.extents[block.reductions[0]] != parts:
             loop, _ = sch.split(loop, factors=[parts, None])
         rv = sch.rfactor(loop, 0)
-        return lanes(sch, _known(sch, rv), device) or sweep(sch, _known(sch, rv), device)
+        return lanes(sch, known(sch, rv), device) or sweep(sch, known(sch, rv), device)
     width = _partial_sums(prod(block.extents[-count:]), device)
     if width is None or 4 * results * width > LARGEST_PARTIAL:
         return False
@@ -530,10 +323,10 @@ def lanes(sch: Schedule, block: Block, device: Device) -> bool:
     _, lane = sch.split(line, factors=[None, width])
     partial = sch.rfactor(lane, -1)
     if results * width >= PARALLEL:
-        spatial = [loop for loop, reduced in zip(sch.get_loops(rv), _known(sch, rv).reduced, strict=True) if not reduced]
+        spatial = [loop for loop, reduced in zip(sch.get_loops(rv), known(sch, rv).reduced, strict=True) if not reduced]
         sch.reorder(*spatial, *[loop for loop in sch.get_loops(rv) if loop not in spatial])
         _parallel(sch, spatial, len(spatial))
-    return tile(sch, _known(sch, partial), device)
+    return tile(sch, known(sch, partial), device)
 
 
 def _run(block: Block) -> int:
@@ -562,13 +355,6 @@ def _partial_sums(size: int, device: Device) -> int | None:
     return width or next((d for d in range(2 * device.lanes(), 3, -1) if size % d == 0 and size > d), None)
 
 
-def _known(sch: Schedule, rv: SBlockRV) -> Block:
-    block = describe(sch, rv)
-    if block is None:
-        raise ValueError("a block of unexpected form")
-    return block
-
-
 # --- One result for each place ------------------------------------------------------------------------------------------------
 
 
@@ -583,7 +369,7 @@ def sweep(sch: Schedule, block: Block, device: Device) -> bool:
     if together:
         size = prod(block.extents[spatial - together :])
         line = sch.fuse(*loops[spatial - together :]) if together > 1 else loops[-1]
-        width = _lanes(size, device) or 1
+        width = lanes_of(size, device) or 1
         parts = _chunks(size, width, prod(block.extents[: spatial - together]), device)
         part, _, lane = sch.split(line, factors=[parts, None, width])
         if width > 1:
@@ -592,7 +378,7 @@ def sweep(sch: Schedule, block: Block, device: Device) -> bool:
     elif not block.reduction and (across := _transposed(block)) is not None:
         head = _transpose(sch, loops, across)
     if block.volume >= PARALLEL and head:
-        _parallel(sch, head, _shared_prefix([_extent(sch, loop) for loop in head], device))
+        _parallel(sch, head, _shared_prefix([extent_of(sch, loop) for loop in head], device))
     return bool(head)
 
 
@@ -619,7 +405,3 @@ def _chunks(size: int, width: int, outside: int, device: Device) -> int:
         return 1
     count = size // width
     return next((c for c in (4 * device.cores, 2 * device.cores, device.cores) if count % c == 0), 1)
-
-
-def _extent(sch: Schedule, loop: LoopRV) -> int:
-    return int(sch.get(loop).extent)

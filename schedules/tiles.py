@@ -1,0 +1,120 @@
+"""Tiles of results in registers, and the copies around them: what the templates have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import combinations, product
+from math import prod
+
+from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import LoopRV, SBlockRV
+
+from tvmtrain.schedules.blocks import FAILURES, Block, describe
+from tvmtrain.targets import Device
+
+# Below this many steps, starting the other threads costs more than they save.
+PARALLEL = 16384
+# Tiles of up to this many results along one axis; more registers than any processor has would be needed beyond.
+LARGEST_TILE = 16
+# Statements to which the code that follows a tile may be unrolled.
+LARGEST_EPILOGUE = 64
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A register tile: ``columns`` vectors of ``lanes`` along ``axis``, times ``rows`` (axis, how many)."""
+
+    axis: int
+    lanes: int
+    columns: int
+    rows: tuple[tuple[int, int], ...]
+
+
+def register_tile(block: Block, device: Device, whole: bool) -> Tile | None:
+    """The register tile of a reduction, of whole rows if asked for; None if no axis of the result can be a vector."""
+    axis = vector_axis(block)
+    width = lanes_of(block.extents[axis], device) if axis is not None else None
+    if axis is None or width is None:
+        return None
+    vectors = [r for r in block.reads if r.strides[axis] == 1]
+    others = [a for a in reversed(block.spatial) if a != axis and block.extents[a] > 1]
+    reusing = [a for a in others if any(r.strides[a] == 0 for r in vectors)]
+    scalars = [a for a in others if len(block.reads) > 1 and any(r.strides[a] == 0 for r in block.reads)]
+    count = block.extents[axis] // width
+    columns = [count] if whole else divisors(count, 4)
+    sizes = {a: divisors(block.extents[a], LARGEST_TILE if reusing else 4) for a in (reusing or scalars[:1])}
+    return _best_tile(Tile(axis, width, 1, ()), columns, sizes, device.vector_registers)
+
+
+def _best_tile(best: Tile, widths: Sequence[int], sizes: Mapping[int, Sequence[int]], registers: int) -> Tile | None:
+    """The tile with most arithmetic for each value loaded, that fits the registers; rows along two axes at most."""
+    value = 0.0
+    for axes in combinations(sizes, min(2, len(sizes))):
+        for columns, *heights in product(widths, *(sizes[a] for a in axes)):
+            height = prod(heights)
+            score = height * columns / (height + columns)
+            if score > value and height * columns + columns + 1 <= registers:
+                rows = tuple((axis, size) for axis, size in zip(axes, heights, strict=True) if size > 1)
+                best, value = Tile(best.axis, best.lanes, columns, rows), score
+    return best if value else None
+
+
+def vector_axis(block: Block) -> int | None:
+    """The axis of a reduction's results along which a vector can run."""
+    return next((a for a in reversed(block.spatial) if block.reduction and _contiguous(block, a)), None)
+
+
+def _contiguous(block: Block, axis: int) -> bool:
+    """Whether a vector along ``axis`` writes neighbours, and reads neighbours or one value for all."""
+    steps = [r.strides[axis] for r in block.reads]
+    return block.extents[axis] > 1 and block.write.strides[axis] == 1 and all(s in (0, 1) for s in steps) and 1 in steps
+
+
+def lanes_of(extent: int, device: Device) -> int | None:
+    """How many elements a vector along ``extent`` has: no remainder; short odd extents become one odd vector."""
+    width = device.lanes()
+    while width > 2 and extent % width:
+        width //= 2
+    if width > 2 or extent == 2:
+        return width
+    return extent if extent <= 2 * device.lanes() else None
+
+
+def divisors(n: int, most: int) -> list[int]:
+    return [d for d in range(1, min(n, most) + 1) if n % d == 0]
+
+
+def leave_registers(sch: Schedule, epilogue: SBlockRV, at: LoopRV, device: Device) -> None:
+    """Write a tile of results, vector by vector."""
+    sch.reverse_compute_at(epilogue, at)
+    loops = sch.get_loops(epilogue)
+    outside = 1 + next(i for i, loop in enumerate(loops) if sch.get(loop).same_as(sch.get(at)))
+    *rows, last = loops[outside:]
+    width = lanes_of(extent_of(sch, last), device) or 1
+    if width > 1:
+        last, lane = sch.split(last, factors=[None, width])
+        sch.vectorize(lane)
+    # Registers have no addresses: each result must be named.
+    if prod(extent_of(sch, loop) for loop in (*rows, last)) <= LARGEST_EPILOGUE:
+        for loop in (*rows, last):
+            sch.unroll(loop)
+
+
+def fill_then_copy(sch: Schedule, name: str) -> None:
+    """A padded copy without a question for each element: zeros everywhere, then what lies inside."""
+    rv = sch.get_sblock(name)
+    with suppress(*FAILURES):
+        sch.decompose_padding(rv, sch.get_loops(rv)[1])
+
+
+def known(sch: Schedule, rv: SBlockRV) -> Block:
+    block = describe(sch, rv)
+    if block is None:
+        raise ValueError("a block of unexpected form")
+    return block
+
+
+def extent_of(sch: Schedule, loop: LoopRV) -> int:
+    return int(sch.get(loop).extent)
