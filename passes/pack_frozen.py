@@ -81,13 +81,13 @@ def _packing(value: relax.Expr) -> int | None:
 
 def _reading(function: relax.Function, packed: dict[signature.Port, int]) -> relax.Function:
     """``function`` with packed weights as arguments."""
-    ports = signature.inputs(function)
+    (block,), ports = function.body.blocks, signature.inputs(function)
     arguments = {var: _argument(var, packed.get(port)) for port, var in zip(ports, function.params, strict=True)}
     weights = {var for port, var in zip(ports, function.params, strict=True) if port in packed}
     builder, fresh = relax.BlockBuilder(), dict[relax.Var, relax.Expr](arguments)
     with builder.function("reading", list(arguments.values())):
         with builder.dataflow():
-            for binding in function.body.blocks[0].bindings:
+            for binding in block.bindings:
                 value = substituted(binding.value, fresh)
                 if _packing(binding.value) is not None and binding.value.args[1] in weights:
                     value = operators.packed_conv2d(binding.value, *value.args)
@@ -110,11 +110,11 @@ def _emitted(builder: relax.BlockBuilder, binding: relax.Binding, value: relax.E
 
 def _preparing(function: relax.Function, packed: dict[signature.Port, int]) -> relax.Function:
     """``prepare`` with packed weights as results."""
-    ports = signature.outputs(function)
+    (block,), ports = function.body.blocks, signature.outputs(function)
     builder, fresh = relax.BlockBuilder(), dict[relax.Var, relax.Expr]()
     with builder.function("preparing", list(function.params)):
         with builder.dataflow():
-            for binding in function.body.blocks[0].bindings:
+            for binding in block.bindings:
                 fresh[binding.var] = builder.emit(substituted(binding.value, fresh), binding.var.name)
             fields = []
             for port, field in zip(ports, function.body.body.fields, strict=True):

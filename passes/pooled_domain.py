@@ -30,7 +30,7 @@ from tvm.ir.transform import PassContext, module_pass
 from tvm.relax import op as R
 from tvm.relax.analysis import remove_all_unused
 
-from tvmtrain import filtering, signature
+from tvmtrain import filtering, operators, signature
 from tvmtrain.filtering import Patches
 
 # A residual network adds a term with every block; beyond these the full resolution is cheaper.
@@ -153,7 +153,18 @@ class _Terms:
             return value if mean is None else mean
         if _sums_maps(value):
             return self._total(terms, value)
+        if _named(value) == operators.GRADIENT_SUMS and {int(a) for a in value.attrs["axes"]} >= {2, 3}:
+            return self._gradient_sums(terms, value)
         return value
+
+    def _gradient_sums(self, terms: Sequence[_Term], value: relax.Call) -> relax.Expr:
+        """The sums of g and of g * (x - mean), where g is those terms."""
+        g, x, *mean = value.args
+        axes = [int(a) for a in value.attrs["axes"]]
+        total = R.sum(g, axes, keepdims=True)
+        along = self._times(g, self._emit(R.subtract(x, mean[0])) if mean else x)
+        assert along is not None
+        return relax.Tuple([self._emit(self._total(terms, total)), self._emit(self._total(along, total))])
 
     def _mean(self, terms: Sequence[_Term], patches: Patches) -> relax.Expr | None:
         within = [inner for term in terms if (inner := patches.within(term.patches)) is not None]

@@ -14,8 +14,9 @@ from tvm.s_tir import Schedule, ScheduleError
 from tvm.s_tir.schedule import SBlockRV
 from tvm_ffi import get_global_func
 
-# How a schedule primitive of TVM says that it does not fit; an InternalError is a RuntimeError too.
-FAILURES = (ScheduleError, RuntimeError, ValueError)
+# How a schedule primitive of TVM says that it does not fit (an InternalError is a RuntimeError too), and what follows from loops that
+# are fewer than expected, or that have no fixed extent.
+FAILURES = (ScheduleError, RuntimeError, ValueError, IndexError, TypeError)
 # Calls that cost more than reading their result back from memory.
 EXPENSIVE = ("exp", "log", "sqrt", "rsqrt", "pow", "tanh", "erf", "sigmoid", "sin", "cos")
 

@@ -39,6 +39,8 @@ from tvmtrain.targets import Device
 
 # Multiplications to which the taps of a small kernel may be written out.
 LARGEST_TAPS = 128
+# Strides whose residues are taken from a row together.
+LARGEST_STRIDE = 4
 # Bytes that the partial sums of one kernel may take.
 LARGEST_PARTIAL = 4 * 2**20
 # Rows read at once by a transposed copy: a small map's rows are a power of two apart, and no cache keeps more than 8 such.
@@ -156,13 +158,7 @@ def tile(sch: Schedule, block: Block, device: Device) -> bool:
     counts = [extent_of(sch, loop) for loop in outer]
     shared, private = _share(sch, block, axes, counts, device) if block.volume >= PARALLEL else (0, [])
     outer = _parallel(sch, outer, shared)
-    copies = list(private)
-    for producer in private:
-        sch.compute_at(sch.get_sblock(producer), outer[0])
-        _take_apart(sch, producer)
-        for padded in sch.get_producers(sch.get_sblock(producer)):
-            copies.append(sch.get(padded).name_hint)
-            sch.compute_at(padded, outer[0])
+    copies = [copied for producer in private for copied in _bring(sch, producer, outer[0])]
     _finish_in(sch, rv, epilogue, outer[-1] if outer else None, device)
     for copied in copies:
         fill_then_copy(sch, copied)
@@ -240,13 +236,22 @@ def _private(sch: Schedule, block: Block, axes: Sequence[int]) -> list[str]:
     return own
 
 
-def _take_apart(sch: Schedule, name: str) -> None:
-    """A copy that reads every second element for one row and the others for the next makes both rows at once."""
-    rv = sch.get_sblock(name)
-    source, (*_, row, column) = sch.get(rv), sch.get_loops(rv)
-    if name == "residues" and len(source.iter_vars) > 1:
+def _bring(sch: Schedule, producer: str, at: LoopRV) -> list[str]:
+    """Copy what a step of the loop ``at`` reads; the names of the padded copies."""
+    rv = sch.get_sblock(producer)
+    sch.compute_at(rv, at)
+    if producer != "residues":
+        return [producer]
+    # Every second element for one row, and the others for the next: both rows at once.
+    *_, row, column = sch.get_loops(rv)
+    if extent_of(sch, row) <= LARGEST_STRIDE < extent_of(sch, column):
         sch.reorder(column, row)
         sch.unroll(row)
+    pads = [pad for pad in sch.get_producers(rv) if len(sch.get_consumers(pad)) == 1]
+    names = [sch.get(pad).name_hint for pad in pads]
+    for pad in pads:
+        sch.compute_at(pad, at)
+    return names
 
 
 # --- What follows a reduction -------------------------------------------------------------------------------------------------

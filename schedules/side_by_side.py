@@ -10,12 +10,13 @@ from __future__ import annotations
 from contextlib import suppress
 from math import prod
 
+from tvm import DataType
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.tirx import IndexMap
 
 from tvmtrain.schedules.blocks import FAILURES, Block, describe, merged
-from tvmtrain.schedules.tiles import PARALLEL, divisors, extent_of, fill_then_copy, known, leave_registers, register_tile
+from tvmtrain.schedules.tiles import PARALLEL, divisors, fill_then_copy, finish_at, known, leave_registers, register_tile
 from tvmtrain.targets import Device
 
 
@@ -37,7 +38,8 @@ def side_by_side(sch: Schedule, block: Block, device: Device) -> bool:
         return False
     rows = dict(shape.rows).get(1, 1)
     layer, o, j, *taps = sch.get_loops(rv)
-    together = _filters_together(outputs, rows, 4 * max(batch * each, prod(block.extents[4:])), device)
+    each_filter = max(batch * each, prod(block.extents[4:])) * DataType(str(block.write.buffer.dtype)).bits // 8
+    together = _filters_together(outputs, rows, each_filter, device)
     part, group, row = sch.split(o, factors=[None, together // rows, rows])
     run, column, lane = sch.split(j, factors=[None, shape.columns, shape.lanes])
     sch.reorder(part, layer, run, group, *taps, row, column, lane)
@@ -47,7 +49,7 @@ def side_by_side(sch: Schedule, block: Block, device: Device) -> bool:
     _weights_at_hand(sch, block, part)
     if layers.reduction:
         _add_layers(sch, layers, part)
-    _leave(sch, maps, part, batch * together)
+    finish_at(sch, maps, part)
     _gather(sch, known(sch, sch.get_sblock("packed")), shape.columns * shape.lanes, block.volume >= PARALLEL)
     for loop in (row, column):
         sch.unroll(loop)
@@ -72,7 +74,7 @@ def _one_consumer(sch: Schedule, block: Block) -> Block | None:
 def _add_layers(sch: Schedule, layers: Block, part: LoopRV) -> None:
     """The sum of the layers of some filters."""
     rv = sch.get_sblock(layers.name)
-    sch.reverse_compute_at(rv, part)
+    finish_at(sch, rv, part)
     *_, place, layer = sch.get_loops(rv)
     sch.reorder(layer, place)
 
@@ -131,13 +133,3 @@ def _filters_together(outputs: int, rows: int, size: int, device: Device) -> int
     groups = outputs // rows
     fitting = [d for d in divisors(groups, groups) if d * rows * size <= device.caches.l2 // 2 and groups // d >= device.cores]
     return rows * max(fitting, default=1)
-
-
-def _leave(sch: Schedule, maps: SBlockRV, part: LoopRV, planes: int) -> None:
-    """Results go to the images as soon as all places of some filters are there."""
-    (*_, area) = known(sch, maps).extents
-    sch.reverse_compute_at(maps, part)
-    loops = sch.get_loops(maps)[1:]
-    # Where it does not understand the places, reverse_compute_at (TVM 0.27) leaves some of them out.
-    if prod(extent_of(sch, loop) for loop in loops) != planes * area:
-        raise ValueError("some places are left out")

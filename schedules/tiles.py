@@ -88,7 +88,7 @@ def divisors(n: int, most: int) -> list[int]:
 
 def leave_registers(sch: Schedule, epilogue: SBlockRV, at: LoopRV, device: Device) -> None:
     """Write a tile of results, vector by vector."""
-    sch.reverse_compute_at(epilogue, at)
+    finish_at(sch, epilogue, at)
     loops = sch.get_loops(epilogue)
     outside = 1 + next(i for i, loop in enumerate(loops) if sch.get(loop).same_as(sch.get(at)))
     *rows, last = loops[outside:]
@@ -100,6 +100,17 @@ def leave_registers(sch: Schedule, epilogue: SBlockRV, at: LoopRV, device: Devic
     if prod(extent_of(sch, loop) for loop in (*rows, last)) <= LARGEST_EPILOGUE:
         for loop in (*rows, last):
             sch.unroll(loop)
+
+
+def finish_at(sch: Schedule, rv: SBlockRV, at: LoopRV) -> None:
+    """Compute a block as soon as a step of the loop ``at`` has made what it reads; ValueError if that is not all of it.
+
+    Where it does not understand the places that are read, reverse_compute_at (TVM 0.27) leaves some of them out.
+    """
+    whole = prod(extent_of(sch, loop) for loop in sch.get_loops(rv))
+    sch.reverse_compute_at(rv, at)
+    if prod(extent_of(sch, loop) for loop in sch.get_loops(rv)) < whole:
+        raise ValueError("some places are left out")
 
 
 def fill_then_copy(sch: Schedule, name: str) -> None:

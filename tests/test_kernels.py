@@ -57,6 +57,20 @@ convolutions = st.builds(
 ).filter(lambda c: c.fits)
 
 
+small_maps = st.builds(
+    Convolution,
+    batch=st.integers(1, 7),
+    group_in=st.sampled_from([16, 20, 50, 64, 96, 317]),
+    group_out=st.sampled_from([16, 17, 24, 40]),
+    groups=st.just(1),
+    size=pairs(1, 8),
+    kernel=st.sampled_from([(1, 1), (3, 3), (3, 1), (2, 5)]),
+    strides=st.one_of(st.just((1, 1)), pairs(1, 2)),
+    dilation=st.one_of(st.just((1, 1)), pairs(1, 2)),
+    padding=st.tuples(*[st.integers(0, 2)] * 4),
+).filter(lambda c: c.fits)
+
+
 def check_convolution(case: Convolution) -> None:
     """y, dX and dW of a convolution, against PyTorch."""
     torch.manual_seed(0)
@@ -82,6 +96,12 @@ def check_convolution(case: Convolution) -> None:
 @slow
 @given(convolutions)
 def test_convolutions(case: Convolution) -> None:
+    check_convolution(case)
+
+
+@slow
+@given(small_maps)
+def test_convolutions_of_many_channels_on_small_maps(case: Convolution) -> None:
     check_convolution(case)
 
 

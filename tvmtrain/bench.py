@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -58,6 +58,8 @@ class Settings:
     def __post_init__(self) -> None:
         if unknown := [name for name in self.peers if name not in PEERS]:
             raise InputError(f"peers: got {', '.join(unknown)}; want some of {', '.join(PEERS)}")
+        if len(set(self.peers)) < len(self.peers):
+            raise InputError(f"peers: got {', '.join(self.peers)}; want each once")
         if min(self.rounds, self.steps, self.threads) < 1 or self.warmup < 0:
             raise InputError(f"got {self.rounds} rounds, {self.steps} steps, {self.threads} threads; want 1 or more of each")
 
@@ -130,9 +132,9 @@ class Result:
 
     @property
     def sound(self) -> bool:
-        """Whether ours ran, and all that ran computed the same."""
+        """Whether ours ran and another one with it, and all that ran computed the same."""
         ran = [c for c in self.contestants if c.failed is None]
-        return any(c.name == OURS for c in ran) and all(c.same for c in ran)
+        return any(c.name == OURS for c in ran) and len(ran) > 1 and all(c.same for c in ran)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -219,27 +221,36 @@ class _Process:
             pickle.dump(message, self.process.stdin)
             self.process.stdin.flush()
             self.said = pickle.load(self.process.stdout)
-        except (EOFError, OSError, pickle.UnpicklingError):
+        except (EOFError, OSError, pickle.PickleError, AttributeError, ImportError):
             self.said = Failed(self._last_words())
         return self.said
 
     def _last_words(self) -> str:
-        code = self.process.wait()
+        try:
+            code = self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            # It lives, but what it said is no answer.
+            self.process.kill()
+            code = self.process.wait()
         self.log.seek(0)
         lines = [line for line in self.log.read().decode(errors="replace").splitlines() if line.strip()]
         return f"its process ended with {code}: {' '.join(lines[-2:])}"[:300]
 
     def close(self) -> None:
         """Let it end, or end it."""
-        for stream in (self.process.stdin, self.process.stdout):
-            if stream is not None:
-                stream.close()
         try:
+            for stream in (self.process.stdin, self.process.stdout):
+                # One that died has left an order unread.
+                with suppress(OSError):
+                    if stream is not None:
+                        stream.close()
             self.process.wait(timeout=10)
         except subprocess.TimeoutExpired:
+            pass
+        finally:
             self.process.kill()
             self.process.wait()
-        self.log.close()
+            self.log.close()
 
 
 @contextmanager
@@ -307,8 +318,9 @@ def _rounds(started: Sequence[_Process], settings: Settings, out: Console) -> di
     """The turns of each, in alternation; one that fails takes no more."""
     turns: dict[str, list[Taken]] = {process.name: [] for process in started}
     with out.progress("measuring", settings.rounds * len(started)) as bar:
-        for _ in range(settings.rounds):
-            for process in started:
+        for turn in range(settings.rounds):
+            first = turn % max(1, len(started))
+            for process in (*started[first:], *started[:first]):
                 if isinstance(process.said, Failed):
                     continue
                 time.sleep(PAUSE)

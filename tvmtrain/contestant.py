@@ -107,7 +107,11 @@ def _follow(orders: BinaryIO, answers: BinaryIO) -> None:
     first = step()
     seconds = time.perf_counter() - start
     _send(answers, Ready((first, step()), seconds, _bytes("VmHWM") - before))
-    while (turn := pickle.load(orders)) is not None:
+    while True:
+        try:
+            turn: Turn = pickle.load(orders)
+        except EOFError:
+            return
         _send(answers, _taken(step, turn, before))
 
 

@@ -26,7 +26,8 @@ class LayerCost:
 class Kernel:
     """A kernel of a training step, under the name that the virtual machine calls it by.
 
-    calls: how often a step calls it; flops: operations of one call as its formulas have them, without what a schedule adds by padding;
+    calls: how often a step calls it; flops: operations of one call as its formulas have them: rows that they pad to whole vectors
+    count (7x7 maps by up to a third), what a schedule adds by padding does not;
     bytes: of its arguments and results, each once: the least that one call moves if nothing is in a cache, without its workspace.
     """
 

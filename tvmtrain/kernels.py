@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import gcd, prod
 from typing import Any
 
@@ -26,8 +27,10 @@ ROW = 8
 LARGE_MAP = 4096
 # Numbers of one operand that are read again and again from the cache; numbers that partial sums of a gradient may take.
 LARGEST_PART, LARGEST_PARTIAL = 2**15, 2**20
-# Terms that are summed up in one go.
-DEEPEST = 2560
+# Terms that are summed up in one go; sums into which deeper ones are split.
+DEEPEST, MOST_LAYERS = 2560, 8
+# Places of a map from which gathering what its taps read costs more than it saves.
+SMALL_MAP = 16 * ROW
 # Relax registers its own kernels at level 10; ours must win.
 OVERRIDE = 11
 
@@ -119,11 +122,11 @@ def _crop(x: te.Tensor, shape: Sequence[int], name: str) -> te.Tensor:
 # --- Products over channels -------------------------------------------------------------------------------------------------
 
 
-def _mix_channels(x: te.Tensor, weight: Callable, outputs: int, name: str) -> te.Tensor:
-    """y[n, o, y, x] = sum over c of weight(o, c) * x[n, c, y, x]."""
+def _mix_channels(x: te.Tensor, weight: Callable, outputs: int, name: str, gather: bool) -> te.Tensor:
+    """y[n, o, y, x] = sum over c of weight(o, c) * x[n, c, y, x]; gather: small maps side by side."""
     batch, channels, height, width = _shape(x)
     area, c = height * width, te.reduce_axis((0, channels), "c")
-    if area % ROW == 0:
+    if area % ROW == 0 or not gather:
         product = te.compute(
             (batch, outputs, area), lambda n, o, j: te.sum(weight(o, c) * x[n, c, j // width, j % width], axis=[c]), name=name
         )
@@ -136,9 +139,10 @@ def _mix_channels(x: te.Tensor, weight: Callable, outputs: int, name: str) -> te
     )
 
 
-def _gathers(conv: _Conv, width: int) -> bool:
+def _gathers(conv: _Conv, height: int, width: int) -> bool:
     """Whether rows are so short that what their taps read is better gathered first: [channels, taps, images, places]."""
-    return conv.groups == 1 and width <= ROW and conv.channels * conv.filters >= (2 * ROW) ** 2
+    small = width <= ROW and height * width <= SMALL_MAP
+    return small and conv.groups == 1 and conv.channels * conv.filters >= (2 * ROW) ** 2
 
 
 def _window(x: te.Tensor, before: tuple[int, int], size: tuple[int, int]) -> te.Tensor:
@@ -152,13 +156,15 @@ def _mix_taps(
 ) -> te.Tensor:
     """y [N, O, H, W]: the sum over (c, ky, kx) of weight(o, c, ky, kx) * read(n, c, y, x, ky, kx), gathered for small maps."""
     batch, outputs, height, width = shape
-    area, each = height * width, _side_by_side(batch, height * width)
+    area = height * width
+    images, each = _side_by_side(batch, area)
 
     def place(c: Any, ky: Any, kx: Any, n: Any, j: Any) -> Any:
-        value = read(n, c, j // width, j % width, ky, kx)
-        return value if each == area else tirx.if_then_else(j < area, value, tirx.const(0, dtype))
+        value = read(n if images == batch else tirx.min(n, batch - 1), c, j // width, j % width, ky, kx)
+        inside = [i < size for i, size, padded in ((n, batch, images), (j, area, each)) if size != padded]
+        return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, dtype)) if inside else value
 
-    packed = te.compute((*taps, batch, each), place, name="packed")
+    packed = te.compute((*taps, images, each), place, name="packed")
     layers = _layers(taps)
     deep = taps[0] // layers
     c, ky, kx = (te.reduce_axis((0, size), tap) for size, tap in zip((deep, *taps[1:]), ("c", "ky", "kx"), strict=True))
@@ -167,12 +173,12 @@ def _mix_taps(
         channel = part * deep + c
         return te.sum(weight(o, channel, ky, kx) * packed[channel, ky, kx, n, j], axis=[c, ky, kx])
 
-    sums = te.compute((layers, outputs, batch, each), product, name=name)
+    sums = te.compute((layers, outputs, images, each), product, name=name)
     if layers == 1:
         return te.compute(shape, lambda n, o, y, v: sums[0, o, n, y * width + v], name=f"{name}_map")
     layer = te.reduce_axis((0, layers), "layer")
     total = te.compute(
-        (outputs, batch, each), lambda o, n, j: te.sum(sums[layer, o, n, j], axis=[layer]), name=f"{name}_layers"
+        (outputs, images, each), lambda o, n, j: te.sum(sums[layer, o, n, j], axis=[layer]), name=f"{name}_layers"
     )
     return te.compute(shape, lambda n, o, y, v: total[o, n, y * width + v], name=f"{name}_map")
 
@@ -180,16 +186,20 @@ def _mix_taps(
 def _layers(taps: tuple[int, int, int]) -> int:
     """Into how many sums a deep one is split, so that a tile's operands stay in a cache."""
     deepest = max(1, DEEPEST // (taps[1] * taps[2]))
-    return next(k for k in range(1, taps[0] + 1) if taps[0] % k == 0 and taps[0] // k <= deepest)
+    return next((k for k in range(1, MOST_LAYERS + 1) if taps[0] % k == 0 and taps[0] // k <= deepest), 1)
 
 
-def _side_by_side(batch: int, area: int) -> int:
-    """How many places an image gets, so that all images' are whole vectors: as long ones as cost little."""
+def _side_by_side(batch: int, area: int) -> tuple[int, int]:
+    """Images, and places of each, that are whole vectors together: a few more than there are, and long runs where they cost little."""
+    if batch * area <= ROW // 2:
+        return batch, area
+    if area < ROW:
+        return next(b for b in range(batch, batch + ROW) if b * area % ROW == 0), area
     for run, most in ((4 * ROW, 0.1), (2 * ROW, 0.35)):
         each = next(e for e in range(area, area + run) if batch * e % run == 0)
         if each <= (1 + most) * area:
-            return each
-    return next(e for e in range(area, area + ROW) if batch * e % ROW == 0)
+            return batch, each
+    return batch, next(e for e in range(area, area + ROW) if batch * e % ROW == 0)
 
 
 def _subsampled(x: te.Tensor, conv: _Conv) -> te.Tensor:
@@ -221,27 +231,25 @@ def _padded(x: te.Tensor, conv: _Conv, width: int) -> Callable:
             name="pad",
         )
         return lambda n, c, row, kx, v: pad[n, c, row, v + kx * columns.dilation]
-    across = -(-span // columns.stride)
-    pad = te.compute(
-        (conv.batch, conv.channels, height, across * columns.stride),
-        lambda n, c, y, v: _guarded(x, n, c, y - rows.before, v - columns.before),
-        name="pad",
-    )
-    residues = te.compute(
-        (conv.batch, conv.channels, height, columns.stride, across),
-        lambda n, c, y, r, q: pad[n, c, y, q * columns.stride + r],
-        name="residues",
-    )
-    step, stride = columns.dilation, columns.stride
+    across, stride, step = -(-span // columns.stride), columns.stride, columns.dilation
+    inside = _window(x, (rows.before, columns.before), (height, across * stride)) if conv.group_in == 1 else None
+
+    def residue(n: Any, c: Any, y: Any, r: Any, q: Any) -> Any:
+        if inside is not None:
+            # Padded by plain copies, which a core makes for one channel at a time.
+            return inside[n, c, y, q * stride + r]
+        return _guarded(x, n, c, y - rows.before, q * stride + r - columns.before)
+
+    residues = te.compute((conv.batch, conv.channels, height, stride, across), residue, name="residues")
     return lambda n, c, row, kx, v: residues[n, c, row, kx * step % stride, v + kx * step // stride]
 
 
-def conv2d(x: te.Tensor, w: Callable, conv: _Conv) -> te.Tensor:
-    """y = conv(x, w), for weights that are read as w(o, c, ky, kx)."""
+def conv2d(x: te.Tensor, w: Callable, conv: _Conv, gather: bool = True) -> te.Tensor:
+    """y = conv(x, w), for weights that are read as w(o, c, ky, kx); gather: on small maps, what the taps read."""
     if conv.pointwise:
-        return _mix_channels(_subsampled(x, conv), lambda o, c: w(o, c, 0, 0), conv.filters, "conv2d")
+        return _mix_channels(_subsampled(x, conv), lambda o, c: w(o, c, 0, 0), conv.filters, "conv2d", gather)
     rows, columns = conv.rows, conv.columns
-    if _gathers(conv, columns.out):
+    if gather and _gathers(conv, rows.out, columns.out):
         read = _window(x, (rows.before, columns.before), _reached(conv))
         return _mix_taps(
             lambda n, c, y, v, ky, kx: read(
@@ -300,28 +308,19 @@ def _reach(taps: Sequence[_Taps]) -> tuple[int, int]:
     return min((t.base - (t.count - 1) * t.shift for t in used), default=0), max((t.base for t in used), default=0)
 
 
-def conv2d_dgrad(gy: te.Tensor, w: te.Tensor, conv: _Conv) -> te.Tensor:
+def conv2d_dgrad(gy: te.Tensor, w: te.Tensor, conv: _Conv, gather: bool = True) -> te.Tensor:
     """dX, one convolution of dY for each residue of the input places modulo the stride: no tap is tried in vain."""
     if (
         conv.pointwise
         and conv.rows.stride == conv.columns.stride == 1
         and _shape(gy)[2:] == [conv.rows.size, conv.columns.size]
     ):
-        return _mix_channels(gy, lambda c, o: w[o, c, 0, 0], conv.channels, "dgrad")
+        return _mix_channels(gy, lambda c, o: w[o, c, 0, 0], conv.channels, "dgrad", gather)
     rows, columns = conv.rows, conv.columns
     row_taps, column_taps = _residues(rows), _residues(columns)
     (top, bottom), (left, right) = _reach(row_taps), _reach(column_taps)
-    if _gathers(conv, columns.size) and rows.stride == columns.stride == 1:
-        (a,), (b,) = row_taps, column_taps
-        read = _window(gy, (-top, -left), (rows.size + bottom - top, columns.size + right - left))
-        return _mix_taps(
-            lambda n, o, y, v, ky, kx: read(n, o, y + a.base - top - ky * a.shift, v + b.base - left - kx * b.shift),
-            lambda c, o, ky, kx: w[o, c, a.first + ky * a.step, b.first + kx * b.step],
-            (conv.batch, conv.channels, rows.size, columns.size),
-            (conv.filters, a.count, b.count),
-            gy.dtype,
-            "dgrad",
-        )
+    if gather and _gathers(conv, rows.size, columns.size) and rows.stride == columns.stride == 1:
+        return _dgrad_gathered(gy, w, conv, row_taps[0], column_taps[0])
     height, width = -(-rows.size // rows.stride), _whole(-(-columns.size // columns.stride))
     pad = te.compute(
         (conv.batch, conv.filters, height + bottom - top, width + right - left),
@@ -343,6 +342,22 @@ def conv2d_dgrad(gy: te.Tensor, w: te.Tensor, conv: _Conv) -> te.Tensor:
         return value
 
     return te.compute(shape, place, name="dgrad_interleaved")
+
+
+def _dgrad_gathered(gy: te.Tensor, w: te.Tensor, conv: _Conv, rows: _Taps, columns: _Taps) -> te.Tensor:
+    """dX of a convolution of stride 1 on small maps."""
+    (top, bottom), (left, right) = _reach([rows]), _reach([columns])
+    read = _window(gy, (-top, -left), (conv.rows.size + bottom - top, conv.columns.size + right - left))
+    return _mix_taps(
+        lambda n, o, y, v, ky, kx: read(
+            n, o, y + rows.base - top - ky * rows.shift, v + columns.base - left - kx * columns.shift
+        ),
+        lambda c, o, ky, kx: w[o, c, rows.first + ky * rows.step, columns.first + kx * columns.step],
+        (conv.batch, conv.channels, conv.rows.size, conv.columns.size),
+        (conv.filters, rows.count, columns.count),
+        gy.dtype,
+        "dgrad",
+    )
 
 
 def _dgrad_part(
@@ -528,13 +543,13 @@ def legalize_running_sum(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr
 # --- Registration -----------------------------------------------------------------------------------------------------------
 
 
-def _legalize_conv2d(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+def _legalize_conv2d(bb: relax.BlockBuilder, call: relax.Call, gather: bool = True) -> relax.Expr:
     layouts = (call.attrs.data_layout, call.attrs.kernel_layout, call.attrs.out_layout)
     if layouts != ("NCHW", "OIHW", "NCHW"):
         return _relax_conv2d(bb, call)
     x, w = call.args
     conv = _conv(call.attrs, _shape(x), _shape(w), _shape(call))
-    return bb.call_te(lambda a, b: conv2d(a, lambda *at: b(*at), conv), x, w, primfunc_name_hint="conv2d")
+    return bb.call_te(lambda a, b: conv2d(a, lambda *at: b(*at), conv, gather), x, w, primfunc_name_hint="conv2d")
 
 
 def _legalize_packed(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
@@ -548,10 +563,10 @@ def _legalize_packed(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     return bb.call_te(kernel, x, packed, primfunc_name_hint="conv2d_packed")
 
 
-def _legalize_dgrad(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+def _legalize_dgrad(bb: relax.BlockBuilder, call: relax.Call, gather: bool = True) -> relax.Expr:
     gy, w = call.args
     conv = _conv(call.attrs, _shape(call), _shape(w), _shape(gy))
-    return bb.call_te(lambda a, b: conv2d_dgrad(a, b, conv), gy, w, primfunc_name_hint="conv2d_dgrad")
+    return bb.call_te(lambda a, b: conv2d_dgrad(a, b, conv, gather), gy, w, primfunc_name_hint="conv2d_dgrad")
 
 
 def _legalize_wgrad(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
@@ -565,3 +580,11 @@ register_legalize(PACKED_CONV, _legalize_packed)
 register_legalize(DGRAD, _legalize_dgrad)
 register_legalize(WGRAD, _legalize_wgrad)
 tvm.ir.register_op_attr("relax.nn.conv2d", "FLegalize", _legalize_conv2d, OVERRIDE)
+
+# On GPUs, threads read what taps have in common from shared memory; and TVM's running sum has the threads of a warp read what others
+# may not have written yet.
+FOR_GPUS = {
+    "relax.nn.conv2d": partial(_legalize_conv2d, gather=False),
+    DGRAD: partial(_legalize_dgrad, gather=False),
+    "relax.cumsum": legalize_running_sum,
+}

@@ -52,8 +52,7 @@ def schedule(mod: tvm.IRModule, device: Device) -> tvm.IRModule:
 def _legalize(device: Device) -> list[tvm.ir.transform.Pass]:
     if device.gpu is None:
         return [relax.backend.DispatchSortScan(), relax.transform.LegalizeOps(norm_kernels.legalization(device))]
-    # TVM's running sum for GPUs has the threads of a warp read what others may not have written yet.
-    return [relax.transform.LegalizeOps({"relax.cumsum": kernels.legalize_running_sum})]
+    return [relax.transform.LegalizeOps(kernels.FOR_GPUS)]
 
 
 def plan(mod: tvm.IRModule) -> tvm.IRModule:
@@ -93,8 +92,8 @@ def _generate(planned: tvm.IRModule, device: Device) -> Executable:
     # CUDA's own compiler unrolls loops; written out before it reads them, they are a hundred times its work.
     written_out = {"tirx.UnrollLoop": {"explicit_unroll": False}} if device.gpu else {}
     with PassContext(opt_level=3, config=written_out):
-        target = Target(dict(device.target))
-        return tvm.compile(planned, target=target, relax_pipeline=_virtual_machine(), tir_pipeline=registers.PIPELINE)
+        target, kernel_pipeline = Target(dict(device.target)), "default" if device.gpu else registers.PIPELINE
+        return tvm.compile(planned, target=target, relax_pipeline=_virtual_machine(), tir_pipeline=kernel_pipeline)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Relax operators of a training step that Relax itself lacks.
 
 Each is registered from Python with a type inference and no side effects, so that Relax's own passes (normalization, dead code
-elimination, fusion) treat it like any other operator. Gradient rules live in ``autodiff``, kernels in ``kernels``.
+elimination, fusion) treat it like any other operator. Gradient rules live in ``autodiff``, kernels in ``kernels`` and ``norm_kernels``.
 
 Layouts are PyTorch's: activations [N, C, H, W], weights [O, I/groups, Kh, Kw].
 """
