@@ -5,8 +5,8 @@
 
 A kernel multiplies one number of x with the weights of b filters at a time; packed, these lie side by side. Packing what a BatchNorm
 was folded into costs no memory, since nothing else reads that tensor; a frozen weight as it is would be there twice, and is left
-alone, like one that a gradient of x is computed with. Measured (``benchmarks/packing.py``): up to a seventh less time at batch 1,
-where each weight is read once, and nothing at batch 8.
+alone, like one that a gradient of x is computed with. It saves little, as a processor reads a few rows of weights nearly as well as one:
+``benchmarks/packing.py`` has the figures.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from tvm.relax import op as R
 
 from tvmtrain import operators, signature
 from tvmtrain.passes.prune_frozen import PREPARE
-from tvmtrain.passes.sides import substituted
 
 # Filters whose weights lie side by side: the rows of a tile of results in registers, on processors with 16 or 32 vector registers.
 TILES = (6, 5, 4)
@@ -35,12 +34,10 @@ class PackFrozen:
         if PREPARE not in [name.name_hint for name in mod.get_global_vars()]:
             return mod
         packed = _packable(mod)
-        result = mod.clone()
-        for name, function in _functions(mod):
-            ports = signature.outputs(function) if name == PREPARE else signature.inputs(function)
-            if any(port in packed for port in ports):
-                result[name] = _preparing(function, packed) if name == PREPARE else _reading(function, packed)
-        return result
+        for name, function in list(_functions(mod)):
+            if name != PREPARE and any(port in packed for port in signature.inputs(function)):
+                mod = _reading(mod, name, packed)
+        return _preparing(mod, packed) if packed else mod
 
 
 def _functions(mod: tvm.IRModule) -> Iterator[tuple[str, relax.Function]]:
@@ -79,50 +76,43 @@ def _packing(value: relax.Expr) -> int | None:
     return next((tile for tile in TILES if filters % tile == 0), None)
 
 
-def _reading(function: relax.Function, packed: dict[signature.Port, int]) -> relax.Function:
-    """``function`` with packed weights as arguments."""
-    (block,), ports = function.body.blocks, signature.inputs(function)
-    arguments = {var: _argument(var, packed.get(port)) for port, var in zip(ports, function.params, strict=True)}
-    weights = {var for port, var in zip(ports, function.params, strict=True) if port in packed}
-    builder, fresh = relax.BlockBuilder(), dict[relax.Var, relax.Expr](arguments)
-    with builder.function("reading", list(arguments.values())):
+def _reading(mod: tvm.IRModule, name: str, packed: dict[signature.Port, int]) -> tvm.IRModule:
+    """The function ``name`` with packed weights as arguments."""
+    function = mod[name]
+    tiles = [packed.get(port) for port in signature.inputs(function)]
+    arguments = [_argument(var, tile) for var, tile in zip(function.params, tiles, strict=True)]
+    weights = {old: new for old, new, tile in zip(function.params, arguments, tiles, strict=True) if tile is not None}
+    builder = relax.BlockBuilder(mod)
+    with builder.function("reading", arguments):
         with builder.dataflow():
-            for binding in block.bindings:
-                value = substituted(binding.value, fresh)
-                if _packing(binding.value) is not None and binding.value.args[1] in weights:
-                    value = operators.packed_conv2d(binding.value, *value.args)
-                fresh[binding.var] = _emitted(builder, binding, value)
-        builder.emit_func_output(substituted(function.body.body, fresh))
-    reading = builder.get()["reading"].with_attrs(dict(function.attrs))
-    return signature.with_ports(reading, ports, signature.outputs(function))
+            for binding in function.body.blocks[0].bindings:
+                value = binding.value
+                if _packing(value) is not None and value.args[1] in weights:
+                    value = operators.packed_conv2d(value, value.args[0], weights[value.args[1]])
+                builder.emit_normalized(relax.VarBinding(binding.var, builder.normalize(value)))
+        builder.emit_func_output(function.body.body)
+    return signature.replaced(builder, "reading", name, function)
 
 
 def _argument(var: relax.Var, tile: int | None) -> relax.Var:
     return var if tile is None else relax.Var(var.name, operators.packed_type(var.ty, tile))
 
 
-def _emitted(builder: relax.BlockBuilder, binding: relax.Binding, value: relax.Expr) -> relax.Var:
-    """The variable of the same kind as the binding's."""
-    if isinstance(binding.var, relax.DataflowVar):
-        return builder.emit(value, binding.var.name)
-    return builder.emit_output(value, binding.var.name)
-
-
-def _preparing(function: relax.Function, packed: dict[signature.Port, int]) -> relax.Function:
+def _preparing(mod: tvm.IRModule, packed: dict[signature.Port, int]) -> tvm.IRModule:
     """``prepare`` with packed weights as results."""
-    (block,), ports = function.body.blocks, signature.outputs(function)
-    builder, fresh = relax.BlockBuilder(), dict[relax.Var, relax.Expr]()
+    function = mod[PREPARE]
+    tiles = [packed.get(port) for port in signature.outputs(function)]
+    builder = relax.BlockBuilder(mod)
     with builder.function("preparing", list(function.params)):
         with builder.dataflow():
-            for binding in block.bindings:
-                fresh[binding.var] = builder.emit(substituted(binding.value, fresh), binding.var.name)
-            fields = []
-            for port, field in zip(ports, function.body.body.fields, strict=True):
-                value, tile = substituted(field, fresh), packed.get(port)
-                fields.append(builder.emit_output(value if tile is None else _packed(builder, value, tile)))
+            for binding in function.body.blocks[0].bindings:
+                builder.emit_normalized(binding)
+            fields = [
+                field if tile is None else builder.emit_output(_packed(builder, field, tile))
+                for field, tile in zip(function.body.body.fields, tiles, strict=True)
+            ]
         builder.emit_func_output(relax.Tuple(fields))
-    prepared = builder.get()["preparing"].with_attrs(dict(function.attrs))
-    return signature.with_ports(prepared, signature.inputs(function), ports)
+    return signature.replaced(builder, "preparing", PREPARE, function)
 
 
 def _packed(builder: relax.BlockBuilder, weight: relax.Expr, tile: int) -> relax.Expr:
