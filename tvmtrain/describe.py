@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tvmtrain import artifact, console, drawing
+from tvmtrain import artifact, console, drawing, roofline
 from tvmtrain.artifact import Entry, Manifest, Selection, TensorSpec
 from tvmtrain.costs import EntryMemory, LayerCost, Memory
 from tvmtrain.errors import TvmtrainError
@@ -245,7 +244,7 @@ def devices() -> tuple[DeviceLine, ...]:
     """All devices in ``targets/``, those that this machine can build for first."""
     from tvmtrain import targets
 
-    has_compiler = importlib.util.find_spec("tvm.relax") is not None and os.environ.get("TVM_USE_RUNTIME_LIB") != "1"
+    has_compiler = roofline.has_compiler()
     lines = []
     for name in targets.names():
         if name in ("host", "cuda") and not has_compiler:

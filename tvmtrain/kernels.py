@@ -220,16 +220,12 @@ def _padded(x: te.Tensor, conv: _Conv, width: int) -> Callable:
     With a stride, every residue of the columns modulo it becomes a row of its own: neighbours in an output row read neighbours.
     """
     rows, columns = conv.rows, conv.columns
-    height = (rows.out - 1) * rows.stride + (rows.kernel - 1) * rows.dilation + 1
+    height, _ = _reached(conv)
     span = (width - 1) * columns.stride + (columns.kernel - 1) * columns.dilation + 1
     if not rows.before and not columns.before and height <= rows.size and span <= columns.size and columns.stride == 1:
         return lambda n, c, row, kx, v: x[n, c, row, v + kx * columns.dilation]
     if columns.stride == 1:
-        pad = te.compute(
-            (conv.batch, conv.channels, height, span),
-            lambda n, c, y, v: _guarded(x, n, c, y - rows.before, v - columns.before),
-            name="pad",
-        )
+        pad = _window(x, (rows.before, columns.before), (height, span))
         return lambda n, c, row, kx, v: pad[n, c, row, v + kx * columns.dilation]
     across, stride, step = -(-span // columns.stride), columns.stride, columns.dilation
     inside = _window(x, (rows.before, columns.before), (height, across * stride)) if conv.group_in == 1 else None
@@ -322,11 +318,7 @@ def conv2d_dgrad(gy: te.Tensor, w: te.Tensor, conv: _Conv, gather: bool = True) 
     if gather and _gathers(conv, rows.size, columns.size) and rows.stride == columns.stride == 1:
         return _dgrad_gathered(gy, w, conv, row_taps[0], column_taps[0])
     height, width = -(-rows.size // rows.stride), _whole(-(-columns.size // columns.stride))
-    pad = te.compute(
-        (conv.batch, conv.filters, height + bottom - top, width + right - left),
-        lambda n, o, y, v: _guarded(gy, n, o, y + top, v + left),
-        name="pad",
-    )
+    pad = _window(gy, (-top, -left), (height + bottom - top, width + right - left))
     parts = [[_dgrad_part(pad, w, conv, a, b, (top, left), (height, width)) for b in column_taps] for a in row_taps]
     shape = (conv.batch, conv.channels, rows.size, columns.size)
     if len(row_taps) == len(column_taps) == 1:
@@ -479,11 +471,7 @@ def _wgrad_of_groups(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
 def _wgrad_over_filters(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
     """Vectors run over the filters."""
     rows, columns = conv.rows, conv.columns
-    pad = te.compute(
-        (conv.batch, conv.channels, *_reached(conv)),
-        lambda n, c, y, v: _guarded(x, n, c, y - rows.before, v - columns.before),
-        name="pad",
-    )
+    pad = _window(x, (rows.before, columns.before), _reached(conv))
     source = _channels_last(gy, (rows.out, columns.out), (0, 0), _whole(conv.filters))
     block = _shape(source)[-1]
 

@@ -23,10 +23,9 @@ from tvm.script.ir_builder import tirx as T
 
 from tvmtrain import operators
 from tvmtrain.schedules import SCHEDULED
+from tvmtrain.schedules.tiles import PARALLEL
 from tvmtrain.targets import Device
 
-# Below this many numbers, starting the other threads costs more than they save.
-PARALLEL = 16384
 # Vectors of partial sums of one sum.
 COLUMNS = 4
 # FuseOps of TVM: fuse nothing with this.
