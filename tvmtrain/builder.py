@@ -10,7 +10,7 @@ import numpy as np
 import tvm
 from tvm.ir.transform import Sequential
 
-from tvmtrain import lowering, runtime, summarize, targets, workload
+from tvmtrain import codegen, lowering, runtime, summarize, targets, workload
 from tvmtrain.artifact import Artifact, Entry, Manifest, TensorSpec
 from tvmtrain.costs import EntryMemory, Kernel, LayerCost, Memory
 from tvmtrain.graph import TrainGraph
@@ -42,7 +42,7 @@ def build(graph: TrainGraph, device: str | Device = "host", *, gradients: bool =
     fused = lowering.fuse(module, device)
     planned = lowering.plan(lowering.schedule(fused, device))
     memory, kernels = _memory(planned, entries), workload.kernels(planned, fused)
-    return Artifact(_manifest(graph, device, entries, state, memory, costs, kernels), state, lowering.generate(planned, device))
+    return Artifact(_manifest(graph, device, entries, state, memory, costs, kernels), state, codegen.generate(planned, device))
 
 
 def _manifest(

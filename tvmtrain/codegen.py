@@ -1,0 +1,94 @@
+"""From kernels with places in memory to native code."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import tvm
+from tvm import relax, tirx
+from tvm.ir.transform import PassContext, Sequential
+from tvm.runtime import Executable, Module, load_static_library
+from tvm.support import cc
+from tvm.target import Target
+from tvm_ffi import get_global_func, register_global_func
+from tvm_ffi.registry import remove_global_func
+
+from tvmtrain import cuda_compiler, gpu_code, registers
+from tvmtrain.targets import Device
+
+# Parts that a training step's kernels are compiled in, side by side; below FEW kernels, a linker takes longer than is won.
+PARTS = 8
+FEW = 64
+# TVM's VM calls each kernel with the tensors it was compiled for. Checking each argument in each call was half of all code.
+UNCHECKED = {"tirx.disable_assert": True}
+
+
+def generate(planned: tvm.IRModule, device: Device) -> Executable:
+    """Native code of what ``lowering.plan`` made."""
+    if device.gpu is not None:
+        gpu_code.teach_tvm()
+        # CUDA's own compiler unrolls loops; written out before it reads them, they are a hundred times its work.
+        written_out = {"tirx.UnrollLoop": {"explicit_unroll": False}}
+        with _compiled_for(device.gpu), PassContext(opt_level=3, config=written_out):
+            return tvm.compile(
+                planned, target=Target(dict(device.target)), relax_pipeline=_virtual_machine(), tir_pipeline="default"
+            )
+    with PassContext(opt_level=3, config=UNCHECKED):
+        return _compile(_virtual_machine()(planned), Target(dict(device.target)))
+
+
+def _compile(mod: tvm.IRModule, target: Target) -> Executable:
+    """For a processor. Many kernels are compiled on all cores of this machine, where it can link them."""
+    kernels = [(name, f) for name, f in mod.functions_items() if isinstance(f, tirx.PrimFunc)]
+    if len(kernels) >= FEW and cc.get_cc():
+        functions = {name: f for name, f in mod.functions_items() if not isinstance(f, tirx.PrimFunc)}
+        parts = [tvm.IRModule(dict(kernels[i::PARTS]), attrs=mod.attrs) for i in range(PARTS)]
+        mod = tvm.IRModule(functions, attrs=mod.attrs).with_attr("external_mods", _side_by_side(parts, target))
+    return tvm.compile(mod, target=target, relax_pipeline=None, tir_pipeline=registers.PIPELINE)
+
+
+def _side_by_side(parts: Sequence[tvm.IRModule], target: Target) -> list[Module]:
+    """Each part as an object file to be linked. TVM's compiler lets go of Python's lock, and LLVM's state is each part's own."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        return list(threads.map(lambda part: _object(part, target, Path(folder)), parts))
+
+
+def _object(part: tvm.IRModule, target: Target, folder: Path) -> Module:
+    names = [name.name_hint for name in part.get_global_vars()]
+    path = str(folder / f"{names[0]}.o")
+    with PassContext(opt_level=3, config=UNCHECKED):
+        tirx.build(part, target=target, pipeline=registers.PIPELINE).write_to_file(path)
+    return load_static_library(path, names)
+
+
+@contextmanager
+def _compiled_for(arch: str) -> Iterator[None]:
+    """In place of CUDA source, which TVM compiles where the code is loaded (or nowhere), the executable gets machine code."""
+    hook = "tvm_callback_cuda_postproc"
+    before = get_global_func(hook, allow_missing=True)
+    register_global_func(hook, lambda source, _: gpu_code.to_text(cuda_compiler.compile_source(source, arch)), override=True)
+    try:
+        yield
+    finally:
+        remove_global_func(hook)
+        if before is not None:
+            register_global_func(hook, before)
+
+
+def _virtual_machine() -> Sequential:
+    """Relax's own lowering to its virtual machine."""
+    return Sequential(
+        [
+            relax.transform.LowerAllocTensor(),
+            relax.transform.KillAfterLastUse(),
+            relax.transform.LowerRuntimeBuiltin(),
+            relax.transform.ComputePrimValue(),
+            relax.transform.VMShapeLower(),
+            relax.transform.AttachGlobalSymbol(),
+        ]
+    )
