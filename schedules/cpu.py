@@ -23,6 +23,7 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.tirx import IndexMap
 
 from tvmtrain.schedules.blocks import FAILURES, Access, Block, describe, merged
+from tvmtrain.schedules.decisions import DEFAULT, Decisions
 from tvmtrain.schedules.side_by_side import side_by_side
 from tvmtrain.schedules.tiles import (
     PARALLEL,
@@ -38,7 +39,7 @@ from tvmtrain.schedules.tiles import (
 from tvmtrain.targets import Device
 
 # Multiplications to which the taps of a small kernel may be written out.
-LARGEST_TAPS = 128
+LARGEST_TAPS = (128, 32, 512)
 # Strides whose residues are taken from a row together.
 LARGEST_STRIDE = 4
 # Bytes that the partial sums of one kernel may take.
@@ -46,39 +47,45 @@ LARGEST_PARTIAL = 4 * 2**20
 # Rows read at once by a transposed copy: a small map's rows are a power of two apart, and no cache keeps more than 8 such.
 LINE = 8
 
-Template = Callable[[Schedule, Block, Device], bool]
+Template = Callable[[Schedule, Block, Device, Decisions], bool]
 
 
-def schedule(func: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:
+def schedule(func: tirx.PrimFunc, device: Device, decisions: Decisions = DEFAULT) -> tirx.PrimFunc:
     """``func`` with its loops ordered, vectorized and spread over cores; its results stay the same but for rounding."""
     try:
         sch = Schedule(func, error_render_level="none")
     except FAILURES:
         return func
-    blocks = _blocks(sch)
+    return decided(sch, device, decisions).mod["main"]
+
+
+def decided(sch: Schedule, device: Device, decisions: Decisions) -> Schedule:
+    """What the templates make of a schedule, with these decisions: the space that tuning searches."""
+    blocks = blocks_of(sch)
     if not blocks:
-        return func
+        return sch
     if len(blocks) > 1:
         _inline(sch, blocks)
-        blocks = _blocks(sch)
+        blocks = blocks_of(sch)
     if _pad(sch, blocks, device):
-        blocks = _blocks(sch)
+        blocks = blocks_of(sch)
     for block in sorted(blocks, key=lambda b: not b.reduction):
         if _alone(sch, block.name):
-            sch = _fit(sch, block, device, (side_by_side, tile, lanes, sweep) if block.reduction else (sweep,))
-    return sch.mod["main"]
-
-
-def _fit(sch: Schedule, block: Block, device: Device, templates: Sequence[Template]) -> Schedule:
-    """The schedule after the first template that fits the block; unchanged if none does."""
-    for template in templates:
-        trial = sch.copy()
-        try:
-            if template(trial, block, device):
-                return trial
-        except FAILURES:
-            continue
+            sch = _fit(sch, block, device, decisions)
     return sch
+
+
+def _fit(sch: Schedule, block: Block, device: Device, decisions: Decisions) -> Schedule:
+    """The schedule after the template that is decided on, of those that fit the block; unchanged if none does."""
+    fitting = []
+    for template in REDUCTIONS if block.reduction else (sweep,):
+        trial = sch.copy()
+        with suppress(*FAILURES):
+            if template(trial, block, device, decisions):
+                fitting.append(trial)
+        if len(fitting) > decisions.template:
+            break
+    return fitting[-1] if fitting else sch
 
 
 def _alone(sch: Schedule, name: str) -> bool:
@@ -90,7 +97,7 @@ def _alone(sch: Schedule, name: str) -> bool:
     return not loops or (len(sch.get_child_blocks(loops[0])) == 1 and sch.get(loops[0]).kind == tirx.ForKind.SERIAL)
 
 
-def _blocks(sch: Schedule) -> list[Block]:
+def blocks_of(sch: Schedule) -> list[Block]:
     """The blocks of a function that is a row of loop nests with one block each; nothing for any other function."""
     try:
         blocks = [describe(sch, block) for block in sch.get_child_blocks(sch.get_sblock("root"))]
@@ -139,24 +146,23 @@ def _pad(sch: Schedule, blocks: Sequence[Block], device: Device) -> bool:
 # --- Reductions -------------------------------------------------------------------------------------------------------------
 
 
-def tile(sch: Schedule, block: Block, device: Device) -> bool:
+def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions) -> bool:
     """Results that lie side by side: a tile of them in registers, the reduction around it, cores over the tiles."""
     rv = sch.get_sblock(block.name)
     epilogue, cut = _epilogue(sch, block) if block.reduction else (None, False)
-    shape = register_tile(block, device, cut) if block.reduction else None
+    shape = register_tile(block, device, cut, decisions.tile) if block.reduction else None
     if shape is None and cut:
-        epilogue, shape = None, register_tile(block, device, False)
+        epilogue, shape = None, register_tile(block, device, False, decisions.tile)
     if shape is None:
         return False
     loops = sch.get_loops(rv)
     inner, outer_of = _split(sch, loops, shape)
-    taken = {shape.axis, *(a for a, _ in shape.rows)}
-    axes = [a for a in block.spatial if a not in taken] + [shape.axis] + [a for a, _ in shape.rows]
+    axes = _outer_axes(block, shape, decisions.order)
     outer = [outer_of.get(a, loops[a]) for a in axes]
     reductions = [loops[a] for a in block.reductions]
     sch.reorder(*outer, *reductions, *inner)
     counts = [extent_of(sch, loop) for loop in outer]
-    shared, private = _share(sch, block, axes, counts, device) if block.volume >= PARALLEL else (0, [])
+    shared, private = _share(sch, block, axes, counts, _cores(device, decisions)) if block.volume >= PARALLEL else (0, [])
     outer = _parallel(sch, outer, shared)
     copies = [copied for producer in private for copied in _bring(sch, producer, outer[0])]
     _finish_in(sch, rv, epilogue, outer[-1] if outer else None, device)
@@ -165,19 +171,31 @@ def tile(sch: Schedule, block: Block, device: Device) -> bool:
     for loop in inner[:-1]:
         sch.unroll(loop)
     sch.vectorize(inner[-1])
-    for loop in _taps(sch, reductions, inner):
+    for loop in _taps(sch, reductions, inner, LARGEST_TAPS[decisions.taps]):
         sch.unroll(loop)
     sch.decompose_reduction(rv, reductions[0])
     return True
 
 
-def _taps(sch: Schedule, reductions: Sequence[LoopRV], inner: Sequence[LoopRV]) -> list[LoopRV]:
+def _outer_axes(block: Block, shape: Tile, order: int) -> list[int]:
+    """The axes of the loops over tiles, from the outside."""
+    rows = [a for a, _ in shape.rows]
+    free = [a for a in block.spatial if a not in (shape.axis, *rows)]
+    return ([*free, shape.axis, *rows], [*free, *rows, shape.axis], [*rows, *free, shape.axis])[order]
+
+
+def _cores(device: Device, decisions: Decisions) -> int:
+    """The cores that work is shared out for: more than there are, for finer shares."""
+    return device.cores * (1, 4, 16)[decisions.grain]
+
+
+def _taps(sch: Schedule, reductions: Sequence[LoopRV], inner: Sequence[LoopRV], most: int) -> list[LoopRV]:
     """The innermost reductions that are short enough to be written out: neighbouring taps then share what they read."""
     size = prod(extent_of(sch, loop) for loop in inner[:-1])
     taken: list[LoopRV] = []
     for loop in reversed(reductions):
         size *= extent_of(sch, loop)
-        if size > LARGEST_TAPS:
+        if size > most:
             break
         taken.append(loop)
     return taken
@@ -194,19 +212,19 @@ def _split(sch: Schedule, loops: Sequence[LoopRV], shape: Tile) -> tuple[list[Lo
     return [*inner, column, lane], outer
 
 
-def _shared_prefix(counts: Sequence[int], device: Device) -> int:
+def _shared_prefix(counts: Sequence[int], cores: int) -> int:
     """How many of the outer loops the cores share: as few as keep all of them busy to the end."""
     total = 1
     for i, count in enumerate(counts):
         total *= count
-        if total >= 8 * device.cores or (total >= device.cores and total % device.cores == 0):
+        if total >= 8 * cores or (total >= cores and total % cores == 0):
             return i + 1
     return len(counts)
 
 
-def _share(sch: Schedule, block: Block, axes: Sequence[int], counts: Sequence[int], device: Device) -> tuple[int, list[str]]:
+def _share(sch: Schedule, block: Block, axes: Sequence[int], counts: Sequence[int], cores: int) -> tuple[int, list[str]]:
     """How many outer loops the cores share, and the padded copies that each step then makes for itself: small ones are best."""
-    fewest = _shared_prefix(counts, device)
+    fewest = _shared_prefix(counts, cores)
     for shared in range(len(axes), fewest - 1, -1):
         if private := _private(sch, block, axes[:shared]):
             return shared, private
@@ -307,7 +325,7 @@ def _finish_in(sch: Schedule, rv: SBlockRV, epilogue: SBlockRV | None, at: LoopR
 # --- Reductions along memory --------------------------------------------------------------------------------------------------
 
 
-def lanes(sch: Schedule, block: Block, device: Device) -> bool:
+def lanes(sch: Schedule, block: Block, device: Device, decisions: Decisions) -> bool:
     """A sum along memory: partial sums side by side in a vector, added up at the end."""
     count = _run(block) if block.reduction and block.volume >= 1024 else 0
     if not count:
@@ -319,7 +337,7 @@ def lanes(sch: Schedule, block: Block, device: Device) -> bool:
         if block.extents[block.reductions[0]] != parts:
             loop, _ = sch.split(loop, factors=[parts, None])
         rv = sch.rfactor(loop, 0)
-        return lanes(sch, known(sch, rv), device) or sweep(sch, known(sch, rv), device)
+        return lanes(sch, known(sch, rv), device, decisions) or sweep(sch, known(sch, rv), device, decisions)
     width = _partial_sums(prod(block.extents[-count:]), device)
     if width is None or 4 * results * width > LARGEST_PARTIAL:
         return False
@@ -331,7 +349,7 @@ def lanes(sch: Schedule, block: Block, device: Device) -> bool:
         spatial = [loop for loop, reduced in zip(sch.get_loops(rv), known(sch, rv).reduced, strict=True) if not reduced]
         sch.reorder(*spatial, *[loop for loop in sch.get_loops(rv) if loop not in spatial])
         _parallel(sch, spatial, len(spatial))
-    return tile(sch, known(sch, partial), device)
+    return tile(sch, known(sch, partial), device, decisions)
 
 
 def _run(block: Block) -> int:
@@ -363,7 +381,7 @@ def _partial_sums(size: int, device: Device) -> int | None:
 # --- One result for each place ------------------------------------------------------------------------------------------------
 
 
-def sweep(sch: Schedule, block: Block, device: Device) -> bool:
+def sweep(sch: Schedule, block: Block, device: Device, decisions: Decisions) -> bool:
     """One result for each place: vectors along what is contiguous everywhere, cores over the rest."""
     spatial = len(block.spatial)
     if list(block.spatial) != list(range(spatial)):
@@ -383,7 +401,7 @@ def sweep(sch: Schedule, block: Block, device: Device) -> bool:
     elif not block.reduction and (across := _transposed(block)) is not None:
         head = _transpose(sch, loops, across)
     if block.volume >= PARALLEL and head:
-        _parallel(sch, head, _shared_prefix([extent_of(sch, loop) for loop in head], device))
+        _parallel(sch, head, _shared_prefix([extent_of(sch, loop) for loop in head], _cores(device, decisions)))
     return bool(head)
 
 
@@ -410,3 +428,7 @@ def _chunks(size: int, width: int, outside: int, device: Device) -> int:
         return 1
     count = size // width
     return next((c for c in (4 * device.cores, 2 * device.cores, device.cores) if count % c == 0), 1)
+
+
+# What a reduction's template is chosen from, in this order.
+REDUCTIONS: tuple[Template, ...] = (side_by_side, tile, lanes, sweep)

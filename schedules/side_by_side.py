@@ -16,11 +16,12 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.tirx import IndexMap
 
 from tvmtrain.schedules.blocks import FAILURES, Block, describe, merged
+from tvmtrain.schedules.decisions import Decisions
 from tvmtrain.schedules.tiles import PARALLEL, divisors, fill_then_copy, finish_at, known, leave_registers, register_tile
 from tvmtrain.targets import Device
 
 
-def side_by_side(sch: Schedule, block: Block, device: Device) -> bool:
+def side_by_side(sch: Schedule, block: Block, device: Device, decisions: Decisions) -> bool:
     """[layers, filters, images, places] of a product over channels, and the sum of the layers.
 
     The cores share the filters; the results leave for their maps in long runs.
@@ -33,13 +34,13 @@ def side_by_side(sch: Schedule, block: Block, device: Device) -> bool:
         return False
     rv, (_, outputs, batch, each) = sch.get_sblock(block.name), block.extents[:4]
     registers = _line_up(sch, rv, each)
-    shape = register_tile(known(sch, rv), device, False)
+    shape = register_tile(known(sch, rv), device, False, decisions.tile)
     if shape is None or shape.axis != 2:
         return False
     rows = dict(shape.rows).get(1, 1)
     layer, o, j, *taps = sch.get_loops(rv)
     each_filter = max(batch * each, prod(block.extents[4:])) * DataType(str(block.write.buffer.dtype)).bits // 8
-    together = _filters_together(outputs, rows, each_filter, device)
+    together = _filters_together(outputs, rows, each_filter << decisions.grain, device)
     part, group, row = sch.split(o, factors=[None, together // rows, rows])
     run, column, lane = sch.split(j, factors=[None, shape.columns, shape.lanes])
     sch.reorder(part, layer, run, group, *taps, row, column, lane)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from math import prod
 
@@ -32,8 +32,11 @@ class Tile:
     rows: tuple[tuple[int, int], ...]
 
 
-def register_tile(block: Block, device: Device, whole: bool) -> Tile | None:
-    """The register tile of a reduction, of whole rows if asked for; None if no axis of the result can be a vector."""
+def register_tile(block: Block, device: Device, whole: bool, rank: int = 0) -> Tile | None:
+    """The register tile of a reduction, of whole rows if asked for; None if no axis of the result can be a vector.
+
+    rank: 0 for the tile with most arithmetic for each value loaded, 1 for the next one; after the last the first comes again.
+    """
     axis = vector_axis(block)
     width = lanes_of(block.extents[axis], device) if axis is not None else None
     if axis is None or width is None:
@@ -45,20 +48,20 @@ def register_tile(block: Block, device: Device, whole: bool) -> Tile | None:
     count = block.extents[axis] // width
     columns = [count] if whole else divisors(count, 4)
     sizes = {a: divisors(block.extents[a], LARGEST_TILE if reusing else 4) for a in (reusing or scalars[:1])}
-    return _best_tile(Tile(axis, width, 1, ()), columns, sizes, device.vector_registers)
+    tiles = _tiles(Tile(axis, width, 1, ()), columns, sizes, device.vector_registers)
+    return tiles[rank % len(tiles)] if tiles else None
 
 
-def _best_tile(best: Tile, widths: Sequence[int], sizes: Mapping[int, Sequence[int]], registers: int) -> Tile | None:
-    """The tile with most arithmetic for each value loaded, that fits the registers; rows along two axes at most."""
-    value = 0.0
+def _tiles(plain: Tile, widths: Sequence[int], sizes: Mapping[int, Sequence[int]], registers: int) -> list[Tile]:
+    """The tiles that fit the registers, rows along two axes at most; first those with most arithmetic for each value loaded."""
+    found: dict[Tile, float] = {}
     for axes in combinations(sizes, min(2, len(sizes))):
         for columns, *heights in product(widths, *(sizes[a] for a in axes)):
             height = prod(heights)
-            score = height * columns / (height + columns)
-            if score > value and height * columns + columns + 1 <= registers:
+            if height * columns + columns + 1 <= registers:
                 rows = tuple((axis, size) for axis, size in zip(axes, heights, strict=True) if size > 1)
-                best, value = Tile(best.axis, best.lanes, columns, rows), score
-    return best if value else None
+                found.setdefault(replace(plain, columns=columns, rows=rows), height * columns / (height + columns))
+    return sorted(found, key=lambda t: -found[t])
 
 
 def vector_axis(block: Block) -> int | None:

@@ -42,8 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "roofline": {"errors", "targets"},
     "profile": {"artifact", "console", "costs", "drawing", "errors", "roofline", "runtime"},
     "lowering": {
-        *("cuda_compiler", "filtering", "gpu_code", "kernels", "norm_kernels", "passes", "pool_kernels", "registers"),
-        *("schedules", "targets"),
+        *("codegen", "filtering", "kernels", "norm_kernels", "passes", "pool_kernels", "schedules", "targets"),
     },
     "fitting": {"errors", "lowering", "passes", "targets"},
     "summarize": {"artifact", "costs", "lowering", "passes", "report", "signature", "targets"},
@@ -55,9 +54,10 @@ ALLOWED: dict[str, set[str]] = {
     "pool_kernels": {"kernels"},
     "norm_kernels": {"operators", "schedules", "targets"},
     "registers": set(),
-    "schedules": {"targets"},
+    "codegen": {"cuda_compiler", "gpu_code", "registers", "targets"},
+    "schedules": {"artifact", "errors", "targets"},
     "builder": {
-        *("artifact", "costs", "graph", "lowering", "passes", "runtime", "spec", "summarize", "targets", "timeline"),
+        *("artifact", "codegen", "costs", "graph", "lowering", "passes", "runtime", "spec", "summarize", "targets", "timeline"),
         "workload",
     },
 }

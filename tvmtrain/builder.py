@@ -21,10 +21,11 @@ from tvmtrain.targets import Device
 from tvmtrain.timeline import timeline
 
 
-def build(graph: TrainGraph, device: str | Device = "host", *, gradients: bool = False) -> Artifact:
+def build(graph: TrainGraph, device: str | Device = "host", *, gradients: bool = False, tuned: bool = True) -> Artifact:
     """The training step of ``graph`` compiled for ``device``: a name from ``targets/``, a ``Device``, or "host".
 
     gradients: also compile an entry that returns every gradient (``TrainStep.gradients``), to compare with PyTorch.
+    tuned: with the schedules that ``tvmtrain tune`` found for this device, where there are any.
     """
     device = targets.load(device) if isinstance(device, str) else device
     if device.arch == platform.machine():
@@ -35,14 +36,18 @@ def build(graph: TrainGraph, device: str | Device = "host", *, gradients: bool =
     costs = summarize.layer_costs(graph, module)
     if not gradients:
         del module[module.get_global_var("gradients")]
-    if device.gpu is None:
-        module = Sequential([PackFrozen()])(module)
+    module = packed(module, device)
     entries = graph.entries(module)
     state = graph.state(entries)
     fused = lowering.fuse(module, device)
-    planned = lowering.plan(lowering.schedule(fused, device))
+    planned = lowering.plan(lowering.schedule(fused, device, tuned=tuned))
     memory, kernels = _memory(planned, entries), workload.kernels(planned, fused)
     return Artifact(_manifest(graph, device, entries, state, memory, costs, kernels), state, codegen.generate(planned, device))
+
+
+def packed(module: tvm.IRModule, device: Device) -> tvm.IRModule:
+    """The last change before ``lowering``: frozen weights in the order in which this device's kernels read them."""
+    return module if device.gpu else Sequential([PackFrozen()])(module)
 
 
 def _manifest(

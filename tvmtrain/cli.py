@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_profile(commands)
     _add_bench(commands)
+    _add_tune(commands)
     _add_devices(commands)
     return parser
 
@@ -237,6 +238,17 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the result as JSON")
 
 
+def _add_tune(commands: Any) -> None:
+    parser = _command(
+        commands, "tune", _tune, "find the fastest schedule of each kernel on this machine, for every later build"
+    )
+    _add_job(parser)
+    parser.add_argument("--minutes", type=_minutes, default=10.0, help="of the whole search (default: %(default)s)")
+    parser.add_argument("--trials", type=_positive, metavar="N", help="at most so many (default: as many as there is time for)")
+    parser.add_argument("--threads", type=_positive, help="that a kernel is timed with (default: all physical cores)")
+    parser.add_argument("--search-seed", type=_whole, default=0, help="of the decisions that are drawn (default: 0)")
+
+
 def _add_devices(commands: Any) -> None:
     _command(commands, "devices", _devices, "list the devices to compile for")
 
@@ -244,6 +256,12 @@ def _add_devices(commands: Any) -> None:
 def _positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"got {text}, wanted 1 or more")
+    return value
+
+
+def _minutes(text: str) -> float:
+    if not 0 < (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text}, wanted more than 0")
     return value
 
 
@@ -435,7 +453,7 @@ def _resume_command(options: argparse.Namespace, saved: str) -> str:
     return shlex.join(["tvmtrain", *words, "--resume", saved])
 
 
-# verify, inspect, profile, bench, devices, quickstart
+# verify, inspect, profile, bench, tune, devices, quickstart
 
 
 def _verify(options: argparse.Namespace, out: Console) -> Outcome:
@@ -488,6 +506,18 @@ def _bench(options: argparse.Namespace, out: Console) -> Outcome:
         artifact.write_file(options.output, json.dumps(found.to_dict(), indent=1).encode())
         out.line(f"saved to {options.output}")
     return Outcome(0 if found.sound else 1, found.to_dict())
+
+
+def _tune(options: argparse.Namespace, out: Console) -> Outcome:
+    from tvmtrain import jobs, tuner
+
+    settings = tuner.Settings(options.minutes, options.trials, options.threads, options.search_seed)
+    with out.working(f"tracing {options.model}"):
+        job = _job(options)
+        graph = jobs.trace(job, jobs.prepare(job))
+    found = tuner.tune(graph, options.device, settings, out, command=shlex.join(["tvmtrain", *options.argv]))
+    tuner.show(found, out)
+    return Outcome(INTERRUPTED if found.interrupted else 0, found.to_dict())
 
 
 def _devices(options: argparse.Namespace, out: Console) -> Outcome:

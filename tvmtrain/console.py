@@ -36,6 +36,30 @@ class _Bar(Progress):
         self._bar.update(self._task, advance=count, note=note)
 
 
+class Screen:
+    """How a search stands; this one prints the title now and then."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._printed = console, time.monotonic()
+
+    def show(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """The present state."""
+        if time.monotonic() - self._printed >= PLAIN_SECONDS:
+            self._printed = time.monotonic()
+            self._console.line(title)
+
+
+class _LiveScreen(Screen):
+    """The same as a table that stays in its place."""
+
+    def __init__(self, console: Console, live: Any) -> None:
+        super().__init__(console)
+        self._live = live
+
+    def show(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        self._live.update(rich_table(columns, rows, title))
+
+
 class Console:
     """Prints for people to ``stream``: standard output, or standard error where standard output carries JSON."""
 
@@ -54,17 +78,8 @@ class Console:
         """A table between empty lines. Columns whose name starts with ">" are aligned to the right."""
         if self.rich is None:
             self._plain_table(columns, rows)
-            return
-        from rich import box
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in columns:
-            table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(cell, style=_verdict_style(cell)) for cell in row))
-        self.rich.print(table)
+        else:
+            self.rich.print(rich_table(columns, rows))
 
     def _plain_table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         names = [column.lstrip(">") for column in columns]
@@ -99,6 +114,17 @@ class Console:
             yield _Bar(bar, bar.add_task(label, total=total, completed=done, note=""))
 
     @contextmanager
+    def screen(self) -> Iterator[Screen]:
+        """A table that is drawn anew in its place; it disappears at the end. Elsewhere than on a terminal, its title now and then."""
+        if self.rich is None:
+            yield Screen(self)
+            return
+        from rich.live import Live
+
+        with Live(console=self.rich, transient=True, refresh_per_second=4) as live:
+            yield _LiveScreen(self, live)
+
+    @contextmanager
     def working(self, text: str) -> Iterator[None]:
         """Say what is being done, and how long it took."""
         start = time.perf_counter()
@@ -109,6 +135,20 @@ class Console:
             with self.rich.status(text):
                 yield
         self.line(f"{text}: {time.perf_counter() - start:.1f} s", style="dim")
+
+
+def rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Any:
+    """rich's table of these cells."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell, style=_verdict_style(cell)) for cell in row))
+    return table
 
 
 def _verdict_style(cell: str) -> str:

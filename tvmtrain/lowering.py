@@ -38,10 +38,10 @@ def fuse(mod: tvm.IRModule, device: Device) -> tvm.IRModule:
         return steps(mod)
 
 
-def schedule(mod: tvm.IRModule, device: Device) -> tvm.IRModule:
-    """The second half of ``lower``: the same kernels, scheduled for ``device``."""
+def schedule(mod: tvm.IRModule, device: Device, *, tuned: bool = True) -> tvm.IRModule:
+    """The second half of ``lower``: the same kernels, scheduled for ``device``, as its records say or untuned."""
     with Target(dict(device.target)), PassContext(opt_level=3):
-        return schedules.apply(mod, device)
+        return schedules.apply(mod, device, tuned=tuned)
 
 
 def _legalize(device: Device) -> list[tvm.ir.transform.Pass]:

@@ -29,8 +29,12 @@ def kernels(planned: tvm.IRModule, fused: tvm.IRModule) -> tuple[Kernel, ...]:
 
 
 def _kernel(name: str, calls: int, function: tirx.PrimFunc) -> Kernel:
-    buffers = [param for param in function.params if hasattr(param.ty, "shape")]
-    return Kernel(name, calls, flops(function), sum(map(buffer_bytes, buffers)))
+    return Kernel(name, calls, flops(function), nbytes(function))
+
+
+def nbytes(function: tirx.PrimFunc) -> int:
+    """Bytes of all arguments, results among them."""
+    return sum(buffer_bytes(param) for param in function.params if hasattr(param.ty, "shape"))
 
 
 def flops(function: tirx.PrimFunc) -> int:

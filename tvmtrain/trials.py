@@ -1,0 +1,225 @@
+"""Trials of schedules: one kernel with some decisions of its templates, compiled and timed on this machine, and written down.
+
+Compiling happens in threads of this process (TVM's compiler lets go of Python's lock), timing in MetaSchedule's ``LocalRunner``: one
+worker that lives as long as the search, and is started anew where a kernel crashed or hung.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import TextIO
+
+import tvm
+from tvm import tirx
+from tvm.ir.transform import PassContext
+from tvm.s_tir import Schedule
+from tvm.s_tir import meta_schedule as ms
+from tvm.s_tir.meta_schedule.arg_info import ArgInfo
+from tvm.target import Target
+
+from tvmtrain import registers
+from tvmtrain.codegen import UNCHECKED
+from tvmtrain.schedules import cpu, decisions, records
+from tvmtrain.schedules.decisions import Decisions
+from tvmtrain.targets import Device
+
+# Trials from which on the cost model is asked.
+LEARNED = 64
+# Seconds after which a kernel is killed; a second is a slow training step.
+TIMEOUT = 10.0
+# Runs on the clock: three times as many as take 8 ms.
+CLOCK = ms.runner.EvaluatorConfig(number=1, repeat=3, min_repeat_ms=8)
+# What MetaSchedule's database writes for a kernel that did not run, in seconds.
+FAILED = 1e9
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kernel of the step: its loops before any schedule, calls in one step, operations and bytes of one call."""
+
+    key: str
+    name: str
+    function: tirx.PrimFunc
+    calls: int
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """us: microseconds of a call, the median of some; None where it could not be compiled or run, and ``error`` says why."""
+
+    kernel: str
+    decisions: tuple[int, ...]
+    us: float | None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A task's schedule with these decisions; ``form``: equal for schedules that came out equal."""
+
+    task: Task
+    decisions: Decisions
+    measured: ms.MeasureCandidate
+    form: str
+
+
+class Stopwatch:
+    """Compiles candidates into ``folder`` and times them on ``threads`` threads; holds the worker and the cost model."""
+
+    def __init__(self, device: Device, threads: int, folder: Path) -> None:
+        self.device, self.folder, self.target = device, folder, Target(dict(device.target))
+        # The worker reads its number of threads here when it starts.
+        os.environ["TVM_NUM_THREADS"] = str(threads)
+        self.runner = ms.runner.LocalRunner(timeout_sec=TIMEOUT, evaluator_config=CLOCK)
+        self.model = ms.cost_model.XGBModel(num_warmup_samples=LEARNED, early_stopping_rounds=10, num_tuning_cores=_cores())
+        self.contexts: dict[str, ms.TuneContext] = {}
+        self.pending: list[tuple[Sequence[Candidate], Sequence[Trial]]] = []
+        self.learned = 0
+
+    def candidate(self, task: Task, chosen: Decisions) -> Candidate:
+        sch = Schedule(self._context(task).mod, error_render_level="none")
+        sch = cpu.decided(sch, self.device, decisions.sample(sch, astuple(chosen)))
+        arguments = ArgInfo.from_prim_func(task.function)
+        return Candidate(task, chosen, ms.MeasureCandidate(sch, arguments), records.key_of(sch.mod["main"]))
+
+    def likeliest(self, candidates: Sequence[Candidate], count: int) -> list[Candidate]:
+        """Those of one task that the cost model thinks fastest; the first ones until it has seen enough."""
+        if self.learned < LEARNED or len(candidates) <= count:
+            return list(candidates[:count])
+        scores = self.model.predict(self._context(candidates[0].task), [c.measured for c in candidates])
+        ranked = sorted(range(len(candidates)), key=lambda i: -float(scores[i]))
+        return [candidates[i] for i in ranked[:count]]
+
+    def time(self, candidates: Sequence[Candidate]) -> list[Trial]:
+        """One trial for each, in the same order."""
+        return [self.run(c, built) for c, built in zip(candidates, self.compile(candidates), strict=True)]
+
+    def learn(self, candidates: Sequence[Candidate], trials: Sequence[Trial]) -> None:
+        """Tell the cost model how some candidates of one task compare; it thinks about them when there are many."""
+        self.pending.append((candidates, trials))
+        waiting = sum(len(some) for some, _ in self.pending)
+        if waiting >= max(LEARNED, self.learned // 4):
+            for some, theirs in self.pending:
+                self._teach(some, theirs)
+            self.pending.clear()
+            self.learned += waiting
+
+    def _teach(self, candidates: Sequence[Candidate], trials: Sequence[Trial]) -> None:
+        ran = [(c.measured, t.us) for c, t in zip(candidates, trials, strict=True) if t.us is not None]
+        if len(ran) > 1:
+            results = [ms.runner.RunnerResult([us / 1e6], None) for _, us in ran]
+            self.model.update(self._context(candidates[0].task), [measured for measured, _ in ran], results)
+
+    def compile(self, candidates: Sequence[Candidate]) -> list[Path | str]:
+        """For each the path of its library, or why there is none."""
+        with ThreadPoolExecutor(_cores()) as threads:
+            return list(threads.map(self._compiled, candidates))
+
+    def _compiled(self, candidate: Candidate) -> Path | str:
+        path = self.folder / f"{candidate.task.key}-{candidate.form}.so"
+        try:
+            with PassContext(opt_level=3, config=UNCHECKED):
+                built = tvm.tirx.build(candidate.measured.sch.mod, target=self.target, pipeline=registers.PIPELINE)
+            built.export_library(str(path), fcompile=_linker())
+        except Exception as error:  # whatever a schedule can do to a compiler: the trial failed, and the search goes on
+            return f"{type(error).__name__}: {error}"
+        return path
+
+    def run(self, candidate: Candidate, built: Path | str) -> Trial:
+        """Time a compiled candidate once."""
+        chosen = astuple(candidate.decisions)
+        if isinstance(built, str):
+            return Trial(candidate.task.key, chosen, None, built)
+        (future,) = self.runner.run([ms.runner.RunnerInput(str(built), "cpu", candidate.measured.args_info)])
+        result = future.result()
+        if result.error_msg is not None:
+            return Trial(candidate.task.key, chosen, None, str(result.error_msg))
+        seconds = statistics.median(map(float, result.run_secs))
+        return (
+            Trial(candidate.task.key, chosen, 1e6 * seconds)
+            if 0 < seconds < FAILED
+            else Trial(candidate.task.key, chosen, None, "no time")
+        )
+
+    def _context(self, task: Task) -> ms.TuneContext:
+        """MetaSchedule's view of a task: its space is what the templates make of it, with decisions drawn."""
+        if task.key not in self.contexts:
+            space = ms.space_generator.ScheduleFn(self._space, sch_rules=[], postprocs=[], mutator_probs={})
+            mod = tvm.IRModule({"main": task.function.with_attr("global_symbol", "main")})
+            with _without_intrinsics():
+                context = ms.TuneContext(mod, target=self.target, space_generator=space, task_name=task.name, num_threads=1)
+            self.contexts[task.key] = context
+        return self.contexts[task.key]
+
+    def _space(self, sch: Schedule) -> Schedule:
+        return cpu.decided(sch, self.device, decisions.sample(sch))
+
+
+@contextmanager
+def _without_intrinsics() -> Iterator[None]:
+    """TuneContext (TVM 0.27) imports all of TVM's tensor intrinsics: two minutes of parsing where torch is loaded, for none of use here.
+
+    Its parser asks ``inspect`` for the source of every frame of the stack, and that goes through all loaded modules each time.
+    """
+    name = "tvm.s_tir.tensor_intrin"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = ModuleType(name)
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+@cache
+def _linker() -> Callable[..., None] | None:
+    """The system's linker, called by itself: half of the time that it takes through the C++ compiler, which is TVM's way."""
+    program = shutil.which("ld")
+
+    def link(library: str, objects: Sequence[str], **_: object) -> None:
+        subprocess.run([str(program), "-shared", "-o", library, *objects], check=True, capture_output=True)
+
+    return link if program else None
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+class Log:
+    """Every trial, a line each, written when it ends."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def write(self, trials: Iterable[Trial]) -> None:
+        self.file.writelines(f"{json.dumps(asdict(trial))}\n" for trial in trials)
+        self.file.flush()
+
+
+def read_log(path: Path) -> Iterator[Trial]:
+    """The trials in a file, if there is one; a line that is no trial (cut short by a kill) is left out."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            values = json.loads(line)
+            chosen, us = tuple(map(int, values["decisions"])), values["us"]
+            trial = Trial(str(values["kernel"]), chosen, None if us is None else float(us), values["error"])
+        except (ValueError, TypeError, KeyError):
+            continue
+        if decisions.valid(chosen):
+            yield trial

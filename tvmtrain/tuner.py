@@ -1,0 +1,438 @@
+"""Tuning: which decisions of the templates make each kernel of a training step fastest on the machine at hand.
+
+A task is a kernel with a reduction in it. In each round, the task with most to gain for the step gets some trials: decisions next to
+its best ones and others at random, of which MetaSchedule's cost model (XGBoost) picks those that it thinks fastest. Each trial is
+written down when it ends, and a search that was interrupted goes on where it was. At the end the best and the default decisions are
+timed in turns; what is faster then, too, becomes a record (``schedules.records``).
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from tvm import relax, tirx
+from tvm.s_tir import Schedule
+
+from tvmtrain import builder, lowering, roofline, runtime, targets, workload
+from tvmtrain.console import Console, percent
+from tvmtrain.errors import DeviceError, StorageError
+from tvmtrain.graph import TrainGraph
+from tvmtrain.schedules import cpu, records
+from tvmtrain.schedules.blocks import FAILURES
+from tvmtrain.schedules.decisions import DEFAULT, OPTIONS, Decisions
+from tvmtrain.schedules.records import Record
+from tvmtrain.targets import Device
+from tvmtrain.trials import Candidate, Log, Stopwatch, Task, Trial, read_log
+
+# Trials of a task in one round, and how many candidates the cost model chooses them from.
+ROUND, DRAWN = 6, 12
+# Share of the step's time that a task must promise to be worth a round.
+WORTH = 0.001
+# A record is at least so much faster than the defaults, in so many turns.
+FASTER, TURNS = 0.97, 5
+# Share of the time that is left for comparing at the end.
+COMPARING = 0.1
+SHOWN = 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """minutes: of the whole search; trials: at most so many; threads: a kernel's (None: all cores); seed: of random decisions."""
+
+    minutes: float = 10.0
+    trials: int | None = None
+    threads: int | None = None
+    seed: int = 0
+
+
+@dataclass
+class Search:
+    """What is known of a task. floor: the least microseconds of a call; equal: decisions that came to what was timed already;
+    stale: trials since the best one."""
+
+    task: Task
+    floor: float
+    times: dict[tuple[int, ...], float | None] = field(default_factory=dict)
+    equal: set[tuple[int, ...]] = field(default_factory=set)
+    forms: set[str] = field(default_factory=set)
+    stale: int = 0
+
+    @property
+    def default(self) -> float | None:
+        """Microseconds with the default decisions."""
+        return self.times.get(astuple(DEFAULT))
+
+    @property
+    def best(self) -> tuple[float, tuple[int, ...]] | None:
+        """Microseconds and decisions."""
+        return min(((us, chosen) for chosen, us in self.times.items() if us is not None), default=None)
+
+    @property
+    def failed(self) -> int:
+        return sum(us is None for us in self.times.values())
+
+    @property
+    def total(self) -> float:
+        """Microseconds of all calls in a step, at best."""
+        return self.task.calls * self.best[0] if self.best else 0.0
+
+    @property
+    def promise(self) -> float:
+        """Microseconds of a step that more trials might win; less, the longer none has won anything."""
+        return max(0.0, self.total - self.task.calls * self.floor) * 0.5 ** (self.stale / (2 * ROUND))
+
+    def note(self, trial: Trial) -> None:
+        better = trial.us is not None and (self.best is None or trial.us < self.best[0])
+        self.times[trial.decisions] = trial.us
+        self.stale = 0 if better else self.stale + 1
+
+    def proposals(self, rng: random.Random) -> list[Decisions]:
+        """Decisions that were not tried; every second one a step or two away from the best."""
+        base = self.best[1] if self.best else astuple(DEFAULT)
+        found: dict[tuple[int, ...], None] = {}
+        for i in range(8 * DRAWN):
+            changed = rng.sample(range(len(OPTIONS)), rng.choice((1, 2)) if i % 2 else len(OPTIONS))
+            drawn = tuple(rng.randrange(n) if k in changed else base[k] for k, n in enumerate(OPTIONS))
+            if drawn not in self.times and drawn not in self.equal and len(found) < DRAWN:
+                found.setdefault(drawn)
+        return [Decisions(*drawn) for drawn in found]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A kernel: microseconds of a call with the defaults and with ``decisions``, in turns; share: of what the machine can do."""
+
+    kernel: str
+    name: str
+    calls: int
+    gflop: float
+    trials: int
+    failed: int
+    default_us: float
+    us: float
+    share: float
+    decisions: tuple[int, ...]
+
+    @property
+    def gain(self) -> float:
+        return self.default_us / self.us
+
+
+@dataclass(frozen=True)
+class Result:
+    """A search; kernels: those that take longest first.
+
+    before, after: milliseconds of these kernels in a step, with the defaults and with what was found.
+    """
+
+    folder: str
+    device: str
+    seconds: float
+    trials: int
+    failed: int
+    interrupted: bool
+    before: float
+    after: float
+    kernels: tuple[Tuned, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def tune(graph: TrainGraph, device: str | Device, settings: Settings, out: Console, *, command: str = "") -> Result:
+    """Search, and keep what was found in ``schedules.records.folder_of(device)``, for every later build.
+
+    An interrupt ends the search early. Raises ``DeviceError`` for a device that is not this machine, ``StorageError`` for a folder
+    that cannot be written.
+    """
+    device = targets.load(device) if isinstance(device, str) else device
+    _check_here(device)
+    threads = settings.threads or runtime.default_threads()
+    runtime.use_threads(threads)
+    started = time.monotonic()
+    with out.working("finding the kernels"):
+        tasks = find_tasks(graph, device)
+    with out.working("measuring what this machine can do"):
+        ceiling = roofline.measure(threads)
+    searches = [Search(task, 1e6 * ceiling.seconds(task.flops, task.bytes)) for task in tasks]
+    path = _log_path(device)
+    _remember(searches, path)
+    with _appending(path) as file, tempfile.TemporaryDirectory() as folder:
+        watch = Stopwatch(device, threads, Path(folder))
+        until = started + 60 * settings.minutes * (1 - COMPARING)
+        finished = _search(searches, watch, Log(file), _Limits(until, settings.trials, settings.seed), out)
+        kernels = _compare(searches, watch, out)
+    folder_written = _keep(device, kernels, command)
+    return Result(
+        folder=str(folder_written),
+        device=device.name,
+        seconds=time.monotonic() - started,
+        trials=sum(len(s.times) for s in searches),
+        failed=sum(s.failed for s in searches),
+        interrupted=not finished,
+        before=sum(k.calls * k.default_us for k in kernels) / 1e3,
+        after=sum(k.calls * k.us for k in kernels) / 1e3,
+        kernels=tuple(kernels),
+    )
+
+
+def _check_here(device: Device) -> None:
+    host = targets.load("host")
+    if device.gpu or device.arch != host.arch:
+        what = f"the GPU {device.gpu}" if device.gpu else f"a processor of {device.arch}, and this one is of {host.arch}"
+        raise DeviceError(
+            f"tune: {device.name!r} is {what}; kernels are timed on the processor at hand: tune on the device itself"
+        )
+
+
+def find_tasks(graph: TrainGraph, device: Device) -> list[Task]:
+    """The kernels of a training step for whose schedules there is something to decide, with those of equal loops as one."""
+    fused = lowering.fuse(builder.packed(graph.module(), device), device)
+    calls: Counter[str] = Counter()
+    relax.analysis.post_order_visit(fused["train_step"], lambda e: calls.update(_callee(e)))
+    found: dict[str, Task] = {}
+    for gvar, function in fused.functions_items():
+        if calls[gvar.name_hint] and isinstance(function, tirx.PrimFunc) and _tunable(function):
+            key = records.key_of(function)
+            count = calls[gvar.name_hint] + (found[key].calls if key in found else 0)
+            found[key] = Task(key, gvar.name_hint, function, count, workload.flops(function), workload.nbytes(function))
+    return list(found.values())
+
+
+def _callee(expression: Any) -> tuple[str, ...]:
+    """The name of the kernel that a Relax expression calls."""
+    is_kernel = isinstance(expression, relax.Call) and getattr(expression.op, "name", "") == "relax.call_tir"
+    return (expression.args[0].name_hint,) if is_kernel else ()
+
+
+def _tunable(function: tirx.PrimFunc) -> bool:
+    """Whether there is a reduction: what only moves numbers through memory goes one way, as fast as memory."""
+    try:
+        return any(block.reduction for block in cpu.blocks_of(Schedule(function, error_render_level="none")))
+    except FAILURES:
+        return False
+
+
+# --- Searching --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Limits:
+    until: float
+    trials: int | None
+    seed: int
+
+
+def _search(searches: Sequence[Search], watch: Stopwatch, log: Log, limits: _Limits, out: Console) -> bool:
+    """Trials until the time is over or nothing is promising; False if a person ended it."""
+    count = 0
+    try:
+        with out.screen() as screen:
+            for candidates in _rounds(searches, watch, random.Random(limits.seed)):
+                left = len(candidates) if limits.trials is None else limits.trials - count
+                if left <= 0 or time.monotonic() >= limits.until:
+                    break
+                trials = watch.time(candidates[:left])
+                log.write(trials)
+                _note(searches, trials)
+                if len({c.task.key for c in candidates}) == 1:
+                    watch.learn(candidates[: len(trials)], trials)
+                count += len(trials)
+                screen.show(*_table(searches, limits.until))
+    except KeyboardInterrupt:
+        out.line("interrupted: what was tried is kept. Comparing the best with the defaults; another interrupt leaves that out")
+        return False
+    return True
+
+
+def _rounds(searches: Sequence[Search], watch: Stopwatch, rng: random.Random) -> Iterator[list[Candidate]]:
+    """What to try next: the defaults of all tasks, whose times say where to look, then some of the most promising task."""
+    untimed = [s for s in searches if s.default is None and astuple(DEFAULT) not in s.times]
+    for i in range(0, len(untimed), ROUND):
+        yield [_chosen(s, c) for s in untimed[i : i + ROUND] for c in _new(s, [DEFAULT], watch)]
+    while (search := _most_promising(searches)) is not None:
+        candidates = watch.likeliest(_new(search, search.proposals(rng), watch), ROUND)
+        if candidates:
+            yield [_chosen(search, c) for c in candidates]
+        else:
+            search.stale += 2 * ROUND
+
+
+def _chosen(search: Search, candidate: Candidate) -> Candidate:
+    search.forms.add(candidate.form)
+    return candidate
+
+
+def _new(search: Search, proposals: Sequence[Decisions], watch: Stopwatch) -> list[Candidate]:
+    """The candidates among proposals that differ from each other and from what was timed."""
+    found: dict[str, Candidate] = {}
+    for proposal in proposals:
+        candidate = watch.candidate(search.task, proposal)
+        if candidate.form in search.forms or candidate.form in found:
+            search.equal.add(astuple(proposal))
+        else:
+            found[candidate.form] = candidate
+    return list(found.values())
+
+
+def _most_promising(searches: Sequence[Search]) -> Search | None:
+    """None where nothing is worth a round."""
+    best = max(searches, key=lambda s: s.promise, default=None)
+    return best if best is not None and best.promise > WORTH * sum(s.total for s in searches) else None
+
+
+def _note(searches: Sequence[Search], trials: Sequence[Trial]) -> None:
+    by_kernel = {search.task.key: search for search in searches}
+    for trial in trials:
+        if trial.kernel in by_kernel:
+            by_kernel[trial.kernel].note(trial)
+
+
+def _table(searches: Sequence[Search], until: float) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
+    """A title, and the tasks that take longest."""
+    ordered = sorted(searches, key=lambda s: -s.total)
+    columns = ("task", ">calls", ">GFLOP", ">trials", ">default us", ">best us", ">gain", ">of peak")
+    rows = [
+        (s.task.name[:48], str(s.task.calls), f"{s.task.flops / 1e9:.3f}", str(len(s.times)), *_times(s))
+        for s in ordered[:SHOWN]
+        if s.best
+    ]
+    tried, failed = sum(len(s.times) for s in searches), sum(s.failed for s in searches)
+    left = max(0.0, until - time.monotonic())
+    now = sum(s.total for s in searches) / 1e3
+    title = f"{tried} trials, {failed} failed; {now:.2f} ms in {len(searches)} kernels; {left / 60:.1f} min left"
+    return title, columns, rows
+
+
+def _times(search: Search) -> tuple[str, ...]:
+    if search.best is None:
+        return ("-",) * 4
+    us = search.best[0]
+    default = search.default
+    gain = (f"{default:.0f}", f"{us:.0f}", f"{default / us:.2f}") if default else ("failed", f"{us:.0f}", "-")
+    return (*gain, percent(search.floor / us))
+
+
+# --- What is kept -----------------------------------------------------------------------------------------------------------
+
+
+def _log_path(device: Device) -> Path:
+    """Of the trials under the present conditions; those under others would mislead."""
+    return records.folder_of(device) / f"trials-{records.fingerprint(device)}.jsonl"
+
+
+def _remember(searches: Sequence[Search], path: Path) -> None:
+    """What an earlier search tried."""
+    _note(searches, list(read_log(path)))
+    for search in searches:
+        search.stale = 0
+
+
+@contextmanager
+def _appending(path: Path) -> Iterator[Any]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise StorageError(
+            f"{path}: {error.strerror or error}; set {records.VARIABLE} to a folder that can be written"
+        ) from error
+    with file:
+        yield file
+
+
+def _compare(searches: Sequence[Search], watch: Stopwatch, out: Console) -> list[Tuned]:
+    """The best and the default decisions of each task in turns: the fastest of many trials was lucky, too."""
+    kernels = []
+    with out.progress("comparing with the defaults", len(searches)) as bar:
+        for search in searches:
+            if search.default is not None and search.best is not None:
+                kernels.append(_tuned(search, *_compared(search, watch)))
+            bar.advance(1, search.task.name)
+    return sorted(kernels, key=lambda k: -k.calls * k.us)
+
+
+def _compared(search: Search, watch: Stopwatch) -> tuple[float, float, Decisions]:
+    """Microseconds with the defaults and with the decisions that are to be kept, and these."""
+    assert search.default is not None
+    assert search.best is not None
+    best, chosen = search.best
+    if best >= FASTER * search.default:
+        return search.default, search.default, DEFAULT
+    pair = [watch.candidate(search.task, d) for d in (DEFAULT, Decisions(*chosen))]
+    built = watch.compile(pair)
+    turns = [[watch.run(c, b).us for c, b in zip(pair, built, strict=True)] for _ in range(TURNS)]
+    ran = [(before, after) for before, after in turns if before is not None and after is not None]
+    if not ran:
+        return search.default, search.default, DEFAULT
+    before, after = (statistics.median(times) for times in zip(*ran, strict=True))
+    return (before, after, Decisions(*chosen)) if after < FASTER * before else (before, before, DEFAULT)
+
+
+def _tuned(search: Search, before: float, after: float, chosen: Decisions) -> Tuned:
+    task = search.task
+    return Tuned(
+        kernel=task.key,
+        name=task.name,
+        calls=task.calls,
+        gflop=task.flops / 1e9,
+        trials=len(search.times),
+        failed=search.failed,
+        default_us=before,
+        us=after,
+        share=search.floor / after,
+        decisions=astuple(chosen),
+    )
+
+
+def _keep(device: Device, kernels: Sequence[Tuned], command: str) -> Path:
+    """Write the records: these kernels' in place of earlier ones, other kernels' as they were."""
+    kept = dict(records.load(device).by_kernel)
+    for k in kernels:
+        kept.pop(k.kernel, None)
+        if Decisions(*k.decisions) != DEFAULT:
+            kept[k.kernel] = Record(k.kernel, k.name, Decisions(*k.decisions), k.us, k.default_us, k.trials)
+    trials = sum(record.trials for record in kept.values())
+    about = {
+        "command": command,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "kernels": len(kept),
+        "trials": trials,
+    }
+    return records.save(device, kept.values(), about)
+
+
+def show(result: Result, out: Console) -> None:
+    """The kernels that take longest, and what tuning gained."""
+    columns = ("kernel", ">calls", ">GFLOP", ">trials", ">default us", ">tuned us", ">gain", ">of peak")
+    rows = [
+        (
+            k.name[:60],
+            str(k.calls),
+            f"{k.gflop:.3f}",
+            str(k.trials),
+            f"{k.default_us:.0f}",
+            f"{k.us:.0f}",
+            f"{k.gain:.2f}",
+            percent(k.share),
+        )
+        for k in result.kernels[:SHOWN]
+    ]
+    out.table(columns, rows)
+    changed = sum(k.decisions != astuple(DEFAULT) for k in result.kernels)
+    out.line(f"{result.trials} trials, {result.failed} failed, {result.seconds / 60:.1f} min")
+    if result.kernels:
+        gain = f"{result.before:.2f} -> {result.after:.2f} ms a step, {result.before / result.after:.2f}x"
+        out.line(f"{changed} of {len(result.kernels)} kernels have a record; together {gain}", "bold")
+    out.line(f"records: {result.folder}; every build for {result.device} uses them")
