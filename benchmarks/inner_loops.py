@@ -4,9 +4,10 @@
 
 The convolutions and matrix products of a step are compiled for each device. Of each one's assembly, the innermost loop with most
 multiply-adds is timed by llvm-mca, which knows how long each instruction takes and what it occupies. The most that a core can do is
-what llvm-mca says of multiply-adds that depend on nothing. A line stands for all kernels of a kind: counts and cycles are of one
-iteration of the one with most operations, ``of peak`` too; ``lowest`` and ``all`` are of the kind, each weighted by its operations.
-``stack``: vectors that the loop stores to the stack; ``sums``: those that were sums, and not operands that were loaded too early.
+what llvm-mca says of multiply-adds that depend on nothing. A line stands for all kernels of a kind: counts, cycles and ``of peak``
+are of one iteration of the one with most operations; ``lowest`` is the slowest's share of the peak, ``all`` and ``slots`` are of all
+of them, weighted by operations. ``stack``: vectors that the loop stores to the stack; ``sums``: those of them that were sums, and not
+operands that were loaded too early.
 
 What llvm-mca leaves out: caches and memory (every load hits the nearest one), prefetching, branch prediction, the fetching of
 instructions, and a load's wait for the store before it. How well it knows a core is LLVM's:
