@@ -23,6 +23,14 @@ def test_every_device_makes_a_target(name: str) -> None:
     assert device.lanes() >= 2
 
 
+@pytest.mark.parametrize("name", ["raspberry-pi-3b", "raspberry-pi-4b", "raspberry-pi-5"])
+def test_a_raspberry_pi_has_four_cores_with_neon(name: str) -> None:
+    device = targets.load(name)
+    assert (device.arch, device.gpu, device.cores, device.target["num-cores"]) == ("aarch64", None, 4, 4)
+    assert (device.lanes(), device.vector_registers) == (4, 32)
+    assert device.memory >= 2**30
+
+
 def test_host_is_this_machine() -> None:
     device = targets.load("host")
     assert device.arch == platform.machine().lower().replace("amd64", "x86_64").replace("arm64", "aarch64")
