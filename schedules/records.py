@@ -24,7 +24,7 @@ from tvm import tirx
 from tvm_ffi import structural_hash
 
 from tvmtrain import artifact
-from tvmtrain.errors import DeviceError
+from tvmtrain.errors import DeviceError, StorageError
 from tvmtrain.schedules.decisions import OPTIONS, VERSION, Decisions, valid
 from tvmtrain.targets import Device
 
@@ -126,6 +126,10 @@ def save(device: Device, records: Iterable[Record], about: dict[str, Any]) -> Pa
     folder = folder_of(device)
     lines = [conditions(device)]
     lines += [asdict(r) | {"decisions": list(asdict(r.decisions).values())} for r in sorted(records, key=lambda r: r.name)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: {error.strerror or error}; set {VARIABLE} to a folder that can be written") from error
     artifact.write_file(folder / RECORDS, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
     artifact.write_file(folder / ORIGIN, _toml(about | conditions(device)).encode())
     return folder

@@ -24,6 +24,12 @@ def _well_formed() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _untuned(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What this machine was tuned for is no test's business."""
+    monkeypatch.setenv("TVMTRAIN_RECORDS", str(tmp_path_factory.getbasetemp() / "no-records"))
+
+
+@pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
     np.random.seed(0)

@@ -85,7 +85,8 @@ class Stopwatch:
         # The worker reads its number of threads here when it starts.
         os.environ["TVM_NUM_THREADS"] = str(threads)
         self.runner = ms.runner.LocalRunner(timeout_sec=TIMEOUT, evaluator_config=CLOCK)
-        self.model = ms.cost_model.XGBModel(num_warmup_samples=LEARNED, early_stopping_rounds=10, num_tuning_cores=_cores())
+        # More threads would spin while kernels are compiled: five times slower.
+        self.model = ms.cost_model.XGBModel(num_warmup_samples=LEARNED, early_stopping_rounds=10, num_tuning_cores=1)
         self.contexts: dict[str, ms.TuneContext] = {}
         self.pending: list[tuple[Sequence[Candidate], Sequence[Trial]]] = []
         self.learned = 0
