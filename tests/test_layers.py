@@ -62,7 +62,21 @@ ALLOWED: dict[str, set[str]] = {
     },
 }
 # These join the rooms above for a person; they may use everything.
-FRONT = {"cli", "oracle", "jobs", "describe", "verify", "quickstart", "bench", "contestant", "peers", "__init__", "__main__"}
+FRONT = {
+    "tuner",
+    "trials",
+    "cli",
+    "oracle",
+    "jobs",
+    "describe",
+    "verify",
+    "quickstart",
+    "bench",
+    "contestant",
+    "peers",
+    "__init__",
+    "__main__",
+}
 WITH_TORCH = {"converters", "oracle", "importer", "onnx_model", "translator", "jobs", "verify", "quickstart", "peers"}
 
 
