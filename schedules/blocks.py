@@ -75,6 +75,17 @@ class Block:
         calls = (e for e in _expressions(self.source.body) if isinstance(e, tvm.ir.Call))
         return any(getattr(call.op, "name", "").split(".")[-1] in EXPENSIVE for call in calls)
 
+    @cached_property
+    def residues(self) -> tuple[int, ...]:
+        """For each axis the modulus by whose residues the formula tells places apart; 1 where it does not."""
+        moduli = [1] * len(self.variables)
+        for e in _expressions(self.source.body):
+            if isinstance(e, tirx.EQ) and isinstance(e.a, tirx.FloorMod) and isinstance(e.a.b, tirx.IntImm):
+                for axis, variable in enumerate(self.variables):
+                    if variable.same_as(e.a.a):
+                        moduli[axis] = max(moduli[axis], int(e.a.b))
+        return tuple(moduli)
+
 
 def describe(sch: Schedule, block: SBlockRV) -> Block | None:
     """The block, axes in the order of its loops; None where its loops are not plainly its axes, or its extents are not numbers."""

@@ -23,6 +23,7 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.tirx import IndexMap
 
 from tvmtrain.schedules.blocks import FAILURES, Access, Block, describe, merged
+from tvmtrain.schedules.interleave import interleave, interleaves
 from tvmtrain.schedules.side_by_side import side_by_side
 from tvmtrain.schedules.tiles import (
     PARALLEL,
@@ -63,9 +64,9 @@ def schedule(func: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:
         blocks = _blocks(sch)
     if _pad(sch, blocks, device):
         blocks = _blocks(sch)
-    for block in sorted(blocks, key=lambda b: not b.reduction):
+    for block in sorted(blocks, key=lambda b: not b.reduction and not interleaves(b)):
         if _alone(sch, block.name):
-            sch = _fit(sch, block, device, (side_by_side, tile, lanes, sweep) if block.reduction else (sweep,))
+            sch = _fit(sch, block, device, (side_by_side, tile, lanes, sweep) if block.reduction else (interleave, sweep))
     return sch.mod["main"]
 
 
@@ -112,7 +113,7 @@ def _inline(sch: Schedule, blocks: Sequence[Block]) -> None:
         repeated = any(c.reduction and c.volume > block.volume for c in consumers)
         repeated |= block.guarded and any(c.volume > 2 * block.volume or _strided(c, block) for c in consumers)
         costly = block.expensive and sum(c.volume for c in consumers) > block.volume
-        if consumers and not (block.reduction or repeated or costly):
+        if consumers and not (block.reduction or repeated or costly or interleaves(block)):
             with suppress(*FAILURES):
                 sch.compute_inline(rv)
 

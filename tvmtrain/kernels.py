@@ -29,6 +29,8 @@ LARGE_MAP = 4096
 LARGEST_PART, LARGEST_PARTIAL = 2**15, 2**20
 # Terms that are summed up in one go; sums into which deeper ones are split.
 DEEPEST, MOST_LAYERS = 2560, 8
+# Taps of a kernel whose products may be one formula.
+LARGEST_FORMULA = 49
 # Places of a map from which gathering what its taps read costs more than it saves.
 SMALL_MAP = 16 * ROW
 # Relax registers its own kernels at level 10; ours must win.
@@ -319,6 +321,8 @@ def conv2d_dgrad(gy: te.Tensor, w: te.Tensor, conv: _Conv, gather: bool = True) 
         return _dgrad_gathered(gy, w, conv, row_taps[0], column_taps[0])
     height, width = -(-rows.size // rows.stride), _whole(-(-columns.size // columns.stride))
     pad = _window(gy, (-top, -left), (height + bottom - top, width + right - left))
+    if gather and _writes_out(conv):
+        return _dgrad_written_out(pad, w, conv, (top, left), (height, width))
     parts = [[_dgrad_part(pad, w, conv, a, b, (top, left), (height, width)) for b in column_taps] for a in row_taps]
     shape = (conv.batch, conv.channels, rows.size, columns.size)
     if len(row_taps) == len(column_taps) == 1:
@@ -350,6 +354,39 @@ def _dgrad_gathered(gy: te.Tensor, w: te.Tensor, conv: _Conv, rows: _Taps, colum
         gy.dtype,
         "dgrad",
     )
+
+
+def _writes_out(conv: _Conv) -> bool:
+    """Whether the few terms of each place of dX are one formula: a depthwise convolution with a stride along its rows."""
+    taps = conv.rows.kernel * conv.columns.kernel
+    return conv.group_in == conv.group_out == 1 < conv.columns.stride and taps <= LARGEST_FORMULA
+
+
+def _dgrad_written_out(pad: te.Tensor, w: te.Tensor, conv: _Conv, origin: tuple[int, int], place: tuple[int, int]) -> te.Tensor:
+    """dX of a depthwise convolution: at each place the sum of its residue's taps, so that whole rows leave at once."""
+    rows, columns = conv.rows, conv.columns
+
+    def total(n: Any, c: Any, y: Any, v: Any, a: _Taps, b: _Taps) -> Any:
+        row, column = y // rows.stride + a.base - origin[0], v // columns.stride + b.base - origin[1]
+        terms = [
+            pad[n, c, row - i * a.shift, column - j * b.shift] * w[c, 0, a.first + i * a.step, b.first + j * b.step]
+            for i in range(a.count)
+            for j in range(b.count)
+        ]
+        return sum(terms[1:], terms[0]) if terms else _zero(pad)
+
+    def among(index: Any, axis: _Axis, value: Callable) -> Any:
+        *others, last = _residues(axis)
+        chosen = value(last)
+        for residue, taps in enumerate(others):
+            chosen = tirx.if_then_else(index % axis.stride == residue, value(taps), chosen)
+        return chosen
+
+    whole = (conv.batch, conv.channels, place[0] * rows.stride, place[1] * columns.stride)
+    sums = te.compute(
+        whole, lambda n, c, y, v: among(y, rows, lambda a: among(v, columns, lambda b: total(n, c, y, v, a, b))), name="dgrad"
+    )
+    return _crop(sums, (conv.batch, conv.channels, rows.size, columns.size), "dgrad_rows")
 
 
 def _dgrad_part(
