@@ -243,12 +243,14 @@ def _bring(sch: Schedule, producer: str, at: LoopRV) -> list[str]:
     sch.compute_at(rv, at)
     if producer != "residues":
         return [producer]
+    pads = [pad for pad in sch.get_producers(rv) if len(sch.get_consumers(pad)) == 1]
+    if not pads:
+        fill_then_copy(sch, producer)
     # Every second element for one row, and the others for the next: both rows at once.
     *_, row, column = sch.get_loops(rv)
     if extent_of(sch, row) <= LARGEST_STRIDE < extent_of(sch, column):
         sch.reorder(column, row)
         sch.unroll(row)
-    pads = [pad for pad in sch.get_producers(rv) if len(sch.get_consumers(pad)) == 1]
     names = [sch.get(pad).name_hint for pad in pads]
     for pad in pads:
         sch.compute_at(pad, at)

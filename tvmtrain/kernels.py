@@ -229,7 +229,40 @@ def _padded(x: te.Tensor, conv: _Conv, width: int) -> Callable:
     if columns.stride == 1:
         pad = _window(x, (rows.before, columns.before), (height, span))
         return lambda n, c, row, kx, v: pad[n, c, row, v + kx * columns.dilation]
-    across, stride, step = -(-span // columns.stride), columns.stride, columns.dilation
+    stride, step = columns.stride, columns.dilation
+    if conv.group_in == 1 and columns.size % stride == 0:
+        first, read = _aligned_residues(x, conv, height, span)
+    else:
+        first, read = 0, _residues_of_padded(x, conv, height, span)
+
+    def tap(n: Any, c: Any, row: Any, kx: Any, v: Any) -> Any:
+        return read[n, c, row, (kx * step + first) % stride, v + (kx * step + first) // stride]
+
+    return tap
+
+
+def _aligned_residues(x: te.Tensor, conv: _Conv, height: int, span: int) -> tuple[int, te.Tensor]:
+    """The residues [N, C, height, stride, columns] of a padded x of ``span`` columns, with some more before it; how many.
+
+    Columns of x that are neighbours in no residue stay together: all residues have the same columns on the padding.
+    """
+    rows, columns = conv.rows, conv.columns
+    stride, before = columns.stride, -(-columns.before // columns.stride)
+    first, whole = before * stride - columns.before, columns.size // stride
+
+    def residue(n: Any, c: Any, y: Any, r: Any, q: Any) -> Any:
+        row, column = y - rows.before, q - before
+        inside = tirx.all(row >= 0, row < rows.size, column >= 0, column < whole)
+        return tirx.if_then_else(inside, x[n, c, row, column * stride + r], _zero(x))
+
+    shape = (conv.batch, conv.channels, height, stride, -(-(first + span) // stride))
+    return first, te.compute(shape, residue, name="residues")
+
+
+def _residues_of_padded(x: te.Tensor, conv: _Conv, height: int, span: int) -> te.Tensor:
+    """The residues [N, C, height, stride, columns] of a padded x of ``span`` columns."""
+    rows, columns = conv.rows, conv.columns
+    across, stride = -(-span // columns.stride), columns.stride
     inside = _window(x, (rows.before, columns.before), (height, across * stride)) if conv.group_in == 1 else None
 
     def residue(n: Any, c: Any, y: Any, r: Any, q: Any) -> Any:
@@ -238,8 +271,7 @@ def _padded(x: te.Tensor, conv: _Conv, width: int) -> Callable:
             return inside[n, c, y, q * stride + r]
         return _guarded(x, n, c, y - rows.before, q * stride + r - columns.before)
 
-    residues = te.compute((conv.batch, conv.channels, height, stride, across), residue, name="residues")
-    return lambda n, c, row, kx, v: residues[n, c, row, kx * step % stride, v + kx * step // stride]
+    return te.compute((conv.batch, conv.channels, height, stride, across), residue, name="residues")
 
 
 def conv2d(x: te.Tensor, w: Callable, conv: _Conv, gather: bool = True) -> te.Tensor:
