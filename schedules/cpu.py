@@ -23,7 +23,7 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.tirx import IndexMap
 
 from tvmtrain.schedules.blocks import FAILURES, Access, Block, describe, merged
-from tvmtrain.schedules.interleave import interleave, interleaves
+from tvmtrain.schedules.interleave import interleave, residues_together
 from tvmtrain.schedules.side_by_side import side_by_side
 from tvmtrain.schedules.tiles import (
     PARALLEL,
@@ -40,8 +40,6 @@ from tvmtrain.targets import Device
 
 # Multiplications to which the taps of a small kernel may be written out.
 LARGEST_TAPS = 128
-# Strides whose residues are taken from a row together.
-LARGEST_STRIDE = 4
 # Bytes that the partial sums of one kernel may take.
 LARGEST_PARTIAL = 4 * 2**20
 # Rows read at once by a transposed copy: a small map's rows are a power of two apart, and no cache keeps more than 8 such.
@@ -64,7 +62,7 @@ def schedule(func: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:
         blocks = _blocks(sch)
     if _pad(sch, blocks, device):
         blocks = _blocks(sch)
-    for block in sorted(blocks, key=lambda b: not b.reduction and not interleaves(b)):
+    for block in sorted(blocks, key=lambda b: not b.reduction and b.strides is None):
         if _alone(sch, block.name):
             sch = _fit(sch, block, device, (side_by_side, tile, lanes, sweep) if block.reduction else (interleave, sweep))
     return sch.mod["main"]
@@ -113,7 +111,7 @@ def _inline(sch: Schedule, blocks: Sequence[Block]) -> None:
         repeated = any(c.reduction and c.volume > block.volume for c in consumers)
         repeated |= block.guarded and any(c.volume > 2 * block.volume or _strided(c, block) for c in consumers)
         costly = block.expensive and sum(c.volume for c in consumers) > block.volume
-        if consumers and not (block.reduction or repeated or costly or interleaves(block)):
+        if consumers and not (block.reduction or repeated or costly or block.kept):
             with suppress(*FAILURES):
                 sch.compute_inline(rv)
 
@@ -246,11 +244,7 @@ def _bring(sch: Schedule, producer: str, at: LoopRV) -> list[str]:
     pads = [pad for pad in sch.get_producers(rv) if len(sch.get_consumers(pad)) == 1]
     if not pads:
         fill_then_copy(sch, producer)
-    # Every second element for one row, and the others for the next: both rows at once.
-    *_, row, column = sch.get_loops(rv)
-    if extent_of(sch, row) <= LARGEST_STRIDE < extent_of(sch, column):
-        sch.reorder(column, row)
-        sch.unroll(row)
+    residues_together(sch, rv)
     names = [sch.get(pad).name_hint for pad in pads]
     for pad in pads:
         sch.compute_at(pad, at)

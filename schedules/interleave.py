@@ -1,10 +1,10 @@
-"""Places whose formula depends on their residues modulo a stride: gradients with respect to what a strided window reads.
+"""Places whose formula depends on their residues modulo strides: gradients with respect to what a strided window reads.
 
     for y, x: dx[y, x] = even(y // 2, x // 2) if x % 2 == 0 else odd(y // 2, x // 2)
     -->  for y, half: dx[y, 2 * half] = even(y // 2, half); dx[y, 2 * half + 1] = odd(y // 2, half)
 
-No question is left in the innermost loop. LLVM turns it into vectors that it interleaves in registers. Copies that are read (padded
-ones) are made for one channel of one image at a time, and stay in the nearest cache.
+No question is left in the innermost loop, which LLVM turns into vectors that it interleaves in registers. What is read besides
+(padded copies) is made for one channel of one image at a time, and stays in the nearest cache.
 """
 
 from __future__ import annotations
@@ -20,28 +20,21 @@ from tvmtrain.targets import Device
 LARGEST_STRIDE = 4
 
 
-def interleaves(block: Block) -> bool:
-    """Whether rows consist of places of different residues."""
-    return not block.reduction and len(block.extents) >= 2 and 1 < block.residues[-1] <= max(block.residues) <= LARGEST_STRIDE
-
-
 def interleave(sch: Schedule, block: Block, device: Device) -> bool:
     """All residues of some rows at once, cores over planes; what is computed from a row follows while it is in the nearest cache."""
-    if not interleaves(block):
+    if block.strides is None or max(block.strides) > LARGEST_STRIDE:
         return False
     rv, after = sch.get_sblock(block.name), _after(sch, block)
     *planes, row, column = sch.get_loops(rv)
-    rows, residue = sch.split(row, factors=[None, block.residues[-2]])
-    plane = sch.fuse(*planes, *([] if planes else [rows]))
+    rows, residue = sch.split(row, factors=[None, block.strides[0]])
+    plane = sch.fuse(*planes)
     if after is not None:
         finish_at(sch, after, rows)
         _vectors(sch, sch.get_loops(after)[-1], device)
-    copies = _bring(sch, block, plane) if planes else []
-    for name in copies:
-        fill_then_copy(sch, name)
+    _bring(sch, rv, plane)
     if block.volume >= PARALLEL:
         sch.parallel(plane)
-    _, odd = sch.split(column, factors=[None, block.residues[-1]])
+    _, odd = sch.split(column, factors=[None, block.strides[1]])
     sch.unroll(residue)
     sch.unroll(odd)
     return True
@@ -67,12 +60,23 @@ def _vectors(sch: Schedule, loop: LoopRV, device: Device) -> None:
         sch.vectorize(lane)
 
 
-def _bring(sch: Schedule, block: Block, plane: LoopRV) -> list[str]:
-    """Copies of which each plane reads its own part, made there; their names."""
-    names = []
-    for rv in sch.get_producers(sch.get_sblock(block.name)):
-        producer = describe(sch, rv)
-        if producer is not None and not producer.reduction and producer.guarded and len(sch.get_consumers(rv)) == 1:
-            sch.compute_at(rv, plane)
-            names.append(producer.name)
-    return names
+def _bring(sch: Schedule, rv: SBlockRV, plane: LoopRV) -> None:
+    """What a block alone reads of each plane is made there, and what that reads."""
+    for producer in sch.get_producers(rv):
+        known = describe(sch, producer)
+        if known is None or known.reduction or len(sch.get_consumers(producer)) > 1:
+            continue
+        sch.compute_at(producer, plane)
+        _bring(sch, producer, plane)
+        if known.guarded:
+            fill_then_copy(sch, known.name)
+        if known.name == "residues":
+            residues_together(sch, producer)
+
+
+def residues_together(sch: Schedule, rv: SBlockRV) -> None:
+    """Every second element for one row, and the others for the next: both rows at once."""
+    *_, row, column = sch.get_loops(rv)
+    if extent_of(sch, row) <= LARGEST_STRIDE < extent_of(sch, column):
+        sch.reorder(column, row)
+        sch.unroll(row)
