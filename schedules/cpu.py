@@ -6,7 +6,8 @@
 2. tile: a reduction whose results lie side by side (convolutions, matrix products, column sums). A tile of results stays in
    registers while the reduction runs; what is computed from the results is written at once.
 3. lanes: a reduction along memory (row sums, softmax). Each lane of a vector has a partial sum.
-4. sweep: one result for each place (elementwise, padding, copies).
+4. interleave: another formula for each residue of a place modulo a stride. All residues of a row in one loop.
+5. sweep: one result for each place (elementwise, padding, copies).
 
 A template that does not fit a block is undone; the worst that can happen is a plain loop.
 """

@@ -6,7 +6,7 @@ its max_pool2d_backward is right, but looks for the maximum of each window again
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from itertools import product
@@ -103,28 +103,25 @@ def max_pool2d_backward(gy: te.Tensor, x: te.Tensor, rows: _Axis, columns: _Axis
 
 
 def max_pool2d_backward_by_residues(gy: te.Tensor, x: te.Tensor, rows: Axis, columns: Axis) -> te.Tensor:
-    """The same, of one formula for each residue of the input places modulo the strides, without a question.
-
-    Choices are arithmetic of bits: -(a == b) has every bit where a is b and none elsewhere.
-    """
+    """The same, of one formula for each residue of the input places modulo the strides, without a question."""
     (top, bottom), (left, right) = reach(residues_of(rows)), reach(residues_of(columns))
     # All windows that may cover a place; the gradient is zero in those that there are not.
     high, wide = -(-rows.size // rows.stride) + bottom - top, -(-columns.size // columns.stride) + right - left
     grad = window(gy, (-top, -left), (high, wide))
     axes = [replace(axis, before=axis.before - low * axis.stride) for axis, low in ((rows, top), (columns, left))]
     first = _first_maximum(x, axes[0], axes[1], (high, wide))
-    bits = first.dtype
+    bits = str(first.dtype)
 
     def total(n: Any, c: Any, y: Any, v: Any, a: Taps, b: Taps) -> Any:
         row, column = y // rows.stride + a.base - top, v // columns.stride + b.base - left
 
         def part(i: int, j: int) -> Any:
             at = (n, c, row - i * a.shift, column - j * b.shift)
-            tap = (a.first + i * a.step) * columns.kernel + b.first + j * b.step
-            chosen = -(first[at] == tap).astype(bits)
-            return tirx.reinterpret(gy.dtype, tirx.reinterpret(bits, grad[at]) & chosen)
+            number = _number((a.first + i * a.step, b.first + j * b.step), rows, columns)
+            return tirx.reinterpret(gy.dtype, tirx.reinterpret(bits, grad[at]) & _all_bits(first[at], number, bits))
 
-        return _total([part(i, j) for i in range(a.count) for j in range(b.count)], gy.dtype)
+        parts = [part(i, j) for i in range(a.count) for j in range(b.count)]
+        return sum(parts[1:], parts[0]) if parts else tirx.const(0, gy.dtype)
 
     return te.compute(
         (*shape_of(x)[:2], rows.size, columns.size),
@@ -135,7 +132,7 @@ def max_pool2d_backward_by_residues(gy: te.Tensor, x: te.Tensor, rows: Axis, col
 
 
 def _first_maximum(x: te.Tensor, rows: Axis, columns: Axis, shape: tuple[int, int]) -> te.Tensor:
-    """The tap of the first maximum in each window, in whole numbers as wide as those of x."""
+    """The number of the first maximum in each window, as wide as the elements of x."""
     high, wide = (
         (size - 1) * a.stride + (a.kernel - 1) * a.dilation + 1 for a, size in ((rows, shape[0]), (columns, shape[1]))
     )
@@ -146,15 +143,23 @@ def _first_maximum(x: te.Tensor, rows: Axis, columns: Axis, shape: tuple[int, in
     def first(n: Any, c: Any, y: Any, v: Any) -> Any:
         values = [read(n, c, y * rows.stride + ky * rows.dilation, kx, v) for ky, kx in taps]
         largest = tirx.Var("largest", x.dtype)
-        # The later a tap, the smaller its number; 0 where it is not the maximum.
-        numbers = [tirx.const(len(taps) - i, bits) & -(value == largest).astype(bits) for i, value in enumerate(values)]
-        return tirx.Let(largest, reduce(tirx.max, values), len(taps) - reduce(tirx.max, numbers))
+        numbers = [
+            tirx.const(_number(tap, rows, columns), bits) & _all_bits(value, largest, bits)
+            for tap, value in zip(taps, values, strict=True)
+        ]
+        return tirx.Let(largest, reduce(tirx.max, values), reduce(tirx.max, numbers))
 
     return te.compute((*shape_of(x)[:2], *shape), first, name="first", attrs={KEPT: 1})
 
 
-def _total(terms: Sequence[Any], dtype: str) -> Any:
-    return sum(terms[1:], terms[0]) if terms else tirx.const(0, dtype)
+def _number(tap: tuple[int, int], rows: Axis, columns: Axis) -> int:
+    """Of a tap: the earlier it is, the larger, and above 0."""
+    return rows.kernel * columns.kernel - tap[0] * columns.kernel - tap[1]
+
+
+def _all_bits(a: Any, b: Any, bits: str) -> Any:
+    """Every bit where a is b, none elsewhere: LLVM makes no vectors of choices between what is in memory."""
+    return tirx.const(0, bits) - (a == b).astype(bits)
 
 
 def _gathered(shape: list[int], rows: _Axis, columns: _Axis, part: Callable, dtype: str, name: str) -> te.Tensor:

@@ -94,7 +94,7 @@ def residues_of_columns(x: te.Tensor, axes: tuple[Axis, Axis], size: tuple[int, 
 
     Each residue of the columns modulo their stride is a row of its own: neighbours in a row of windows read neighbours.
     """
-    rows, columns = axes
+    columns = axes[1]
     stride, step = columns.stride, columns.dilation
     fill = zero(x) if fill is None else fill
     if columns.size % stride == 0:
