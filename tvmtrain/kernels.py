@@ -195,7 +195,7 @@ def _padded(x: te.Tensor, conv: _Conv, width: int) -> Callable:
         pad = window(x, (rows.before, columns.before), (height, span))
         return lambda n, c, row, kx, v: pad[n, c, row, v + kx * columns.dilation]
     if conv.group_in == 1:
-        return residues_of_columns(x, (rows, columns), (height, span))
+        return residues_of_columns(x, (rows, columns), (height, span), line=ROW)
     across, stride, step = -(-span // columns.stride), columns.stride, columns.dilation
 
     def residue(n: Any, c: Any, y: Any, r: Any, q: Any) -> Any:
@@ -334,6 +334,7 @@ def _dgrad_part(
     """dX at the places of one residue; None where no tap reaches them."""
     if not rows.count or not columns.count:
         return None
+    read = _taps_of_part(w, conv, rows, columns)
     o = te.reduce_axis((0, conv.group_out), "o")
     ty, tx = te.reduce_axis((0, rows.count), "ty"), te.reduce_axis((0, columns.count), "tx")
 
@@ -344,10 +345,22 @@ def _dgrad_part(
             y + (rows.base - origin[0]) - ty * rows.shift,
             v + (columns.base - origin[1]) - tx * columns.shift,
         ]
-        tap = w[g * conv.group_out + o, c, rows.first + ty * rows.step, columns.first + tx * columns.step]
-        return te.sum(source * tap, axis=[o, ty, tx])
+        return te.sum(source * read(g * conv.group_out + o, c, ty, tx), axis=[o, ty, tx])
 
     return _grouped(product, conv.batch, conv.groups, conv.group_in, place, "dgrad")
+
+
+def _taps_of_part(w: te.Tensor, conv: _Conv, rows: Taps, columns: Taps) -> Callable:
+    """The taps of one residue, read as f(o, c, ty, tx): of many filters a copy in the order in which they are summed up."""
+
+    def tap(o: Any, c: Any, ty: Any, tx: Any) -> Any:
+        return w[o, c, rows.first + ty * rows.step, columns.first + tx * columns.step]
+
+    if conv.groups > 1 or conv.rows.stride == conv.columns.stride == 1:
+        return tap
+    shape = (conv.group_in, conv.filters, rows.count, columns.count)
+    copy = te.compute(shape, lambda c, o, ty, tx: tap(o, c, ty, tx), name="taps")
+    return lambda o, c, ty, tx: copy[c, o, ty, tx]
 
 
 # --- Gradient of the weight -------------------------------------------------------------------------------------------------

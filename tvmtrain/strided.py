@@ -49,7 +49,12 @@ def shape_of(expr: relax.Expr | te.Tensor) -> list[int]:
 
 def whole_vectors(size: int) -> int:
     """``size`` rounded up to whole vectors; short rows stay as they are."""
-    return size if size < ROW // 2 + 1 else -(-size // ROW) * ROW
+    return size if size < ROW // 2 + 1 else multiple(size, ROW)
+
+
+def multiple(size: int, of: int) -> int:
+    """``size`` rounded up."""
+    return -(-size // of) * of
 
 
 def zero(x: te.Tensor) -> tirx.PrimExpr:
@@ -89,16 +94,19 @@ def reach(taps: Sequence[Taps]) -> tuple[int, int]:
     return min((t.base - (t.count - 1) * t.shift for t in used), default=0), max((t.base for t in used), default=0)
 
 
-def residues_of_columns(x: te.Tensor, axes: tuple[Axis, Axis], size: tuple[int, int], fill: Any = None) -> Callable:
+def residues_of_columns(
+    x: te.Tensor, axes: tuple[Axis, Axis], size: tuple[int, int], fill: Any = None, line: int = 1
+) -> Callable:
     """x, padded with ``fill`` or zeros so that ``size`` (rows, columns) can be read; read it as f(n, c, row, tap column, q).
 
-    Each residue of the columns modulo their stride is a row of its own: neighbours in a row of windows read neighbours.
+    Each residue of the columns modulo their stride is a row of its own: neighbours in a row of windows read neighbours. Rows, and
+    x in them, begin at multiples of ``line`` where that is simple.
     """
     columns = axes[1]
     stride, step = columns.stride, columns.dilation
     fill = zero(x) if fill is None else fill
     if columns.size % stride == 0:
-        first, read = _aligned(x, axes, size, fill)
+        first, read = _aligned(x, axes, size, fill, line)
     else:
         first, read = 0, _after_padding(x, axes, size, fill)
 
@@ -108,10 +116,10 @@ def residues_of_columns(x: te.Tensor, axes: tuple[Axis, Axis], size: tuple[int, 
     return tap
 
 
-def _aligned(x: te.Tensor, axes: tuple[Axis, Axis], size: tuple[int, int], fill: Any) -> tuple[int, te.Tensor]:
+def _aligned(x: te.Tensor, axes: tuple[Axis, Axis], size: tuple[int, int], fill: Any, line: int) -> tuple[int, te.Tensor]:
     """How many more columns than asked for lie before, and the residues [N, C, rows, stride, q], each with the same columns of x."""
     rows, columns = axes
-    stride, before = columns.stride, -(-columns.before // columns.stride)
+    stride, before = columns.stride, multiple(-(-columns.before // columns.stride), line)
     first, inside = before * stride - columns.before, columns.size // stride
 
     def residue(n: Any, c: Any, y: Any, r: Any, q: Any) -> Any:
@@ -119,7 +127,7 @@ def _aligned(x: te.Tensor, axes: tuple[Axis, Axis], size: tuple[int, int], fill:
         known = tirx.all(row >= 0, row < rows.size, column >= 0, column < inside)
         return tirx.if_then_else(known, x[n, c, row, column * stride + r], fill)
 
-    shape = (*shape_of(x)[:2], size[0], stride, -(-(first + size[1]) // stride))
+    shape = (*shape_of(x)[:2], size[0], stride, multiple(-(-(first + size[1]) // stride), line))
     return first, te.compute(shape, residue, name="residues", attrs={KEPT: 1})
 
 
