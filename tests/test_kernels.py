@@ -156,6 +156,8 @@ def test_convolutions_of_networks(case: Convolution) -> None:
         pytest.param(Convolution(1, 1, 1, 40, (32, 32), (3, 3), (2, 2), (1, 1), (1, 1, 1, 1)), id="on all cores"),
         pytest.param(Convolution(2, 4, 6, 1, (12, 16), (3, 3), (2, 2), (1, 1), (1, 1, 1, 1)), id="dense"),
         pytest.param(Convolution(2, 4, 6, 1, (11, 9), (1, 1), (2, 2), (1, 1), (0, 0, 0, 0)), id="dense, pointwise, odd"),
+        pytest.param(Convolution(2, 24, 20, 1, (8, 8), (3, 3), (2, 2), (1, 1), (1, 1, 1, 1)), id="dense, gathered"),
+        pytest.param(Convolution(3, 320, 16, 1, (7, 5), (3, 3), (2, 2), (1, 1), (1, 1, 1, 1)), id="dense, gathered, odd"),
     ],
 )
 def test_gradients_through_strided_convolutions_are_masked_at_once(case: Convolution) -> None:

@@ -21,6 +21,7 @@ from tvm.relax.transform.legalize_ops.common import register_legalize
 
 from tvmtrain.operators import DGRAD, PACKED_CONV, WGRAD
 from tvmtrain.strided import (
+    KEPT,
     ROW,
     STRIDES,
     Axis,
@@ -119,7 +120,13 @@ def _gathers(conv: _Conv, height: int, width: int) -> bool:
 
 
 def _mix_taps(
-    read: Callable, weight: Callable, shape: tuple[int, ...], taps: tuple[int, int, int], dtype: str, name: str
+    read: Callable,
+    weight: Callable,
+    shape: tuple[int, ...],
+    taps: tuple[int, int, int],
+    dtype: str,
+    name: str,
+    kept: bool = False,
 ) -> te.Tensor:
     """y [N, O, H, W]: the sum over (c, ky, kx) of weight(o, c, ky, kx) * read(n, c, y, x, ky, kx), gathered for small maps."""
     batch, outputs, height, width = shape
@@ -141,13 +148,14 @@ def _mix_taps(
         return te.sum(weight(o, channel, ky, kx) * packed[channel, ky, kx, n, j], axis=[c, ky, kx])
 
     sums = te.compute((layers, outputs, images, each), product, name=name)
+    attrs = {KEPT: 1} if kept else {}
     if layers == 1:
-        return te.compute(shape, lambda n, o, y, v: sums[0, o, n, y * width + v], name=f"{name}_map")
+        return te.compute(shape, lambda n, o, y, v: sums[0, o, n, y * width + v], name=f"{name}_map", attrs=attrs)
     layer = te.reduce_axis((0, layers), "layer")
     total = te.compute(
         (outputs, images, each), lambda o, n, j: te.sum(sums[layer, o, n, j], axis=[layer]), name=f"{name}_layers"
     )
-    return te.compute(shape, lambda n, o, y, v: total[o, n, y * width + v], name=f"{name}_map")
+    return te.compute(shape, lambda n, o, y, v: total[o, n, y * width + v], name=f"{name}_map", attrs=attrs)
 
 
 def _layers(taps: tuple[int, int, int]) -> int:
@@ -261,12 +269,17 @@ def conv2d_dgrad(gy: te.Tensor, w: te.Tensor, conv: _Conv, gather: bool = True) 
     row_taps, column_taps = residues_of(rows), residues_of(columns)
     (top, bottom), (left, right) = reach(row_taps), reach(column_taps)
     if gather and _gathers(conv, rows.size, columns.size) and rows.stride == columns.stride == 1:
-        return _dgrad_gathered(gy, w, conv, row_taps[0], column_taps[0])
+        return _dgrad_gathered(gy, w, conv, row_taps[0], column_taps[0], (rows.size, columns.size))
     height, width = -(-rows.size // rows.stride), whole_vectors(-(-columns.size // columns.stride))
     pad = window(gy, (-top, -left), (height + bottom - top, width + right - left))
     if gather and _writes_out(conv):
         return _dgrad_written_out(pad, w, conv, (top, left), (height, width))
-    parts = [[_dgrad_part(pad, w, conv, a, b, (top, left), (height, width)) for b in column_taps] for a in row_taps]
+    small = (height, -(-columns.size // columns.stride))
+    if gather and small[1] < ROW and _gathers(conv, *small):
+        part = partial(_dgrad_gathered, gy, w, conv, place=small, kept=True)
+    else:
+        part = partial(_dgrad_part, pad, w, conv, origin=(top, left), place=(height, width))
+    parts = [[part(rows=a, columns=b) if a.count and b.count else None for b in column_taps] for a in row_taps]
     shape = (conv.batch, conv.channels, rows.size, columns.size)
     if len(row_taps) == len(column_taps) == 1:
         return _crop(parts[0][0], shape, "dgrad_rows") if parts[0][0] is not None else te.compute(shape, lambda *_: zero(gy))
@@ -283,19 +296,23 @@ def conv2d_dgrad(gy: te.Tensor, w: te.Tensor, conv: _Conv, gather: bool = True) 
     return te.compute(shape, place, name="dgrad_interleaved", attrs={STRIDES: [rows.stride, columns.stride]})
 
 
-def _dgrad_gathered(gy: te.Tensor, w: te.Tensor, conv: _Conv, rows: Taps, columns: Taps) -> te.Tensor:
-    """dX of a convolution of stride 1 on small maps."""
+def _dgrad_gathered(
+    gy: te.Tensor, w: te.Tensor, conv: _Conv, rows: Taps, columns: Taps, place: tuple[int, int], kept: bool = False
+) -> te.Tensor:
+    """dX at the places of one residue, on small maps."""
     (top, bottom), (left, right) = reach([rows]), reach([columns])
-    read = window(gy, (-top, -left), (conv.rows.size + bottom - top, conv.columns.size + right - left))
+    tap = _taps_of_part(w, conv, rows, columns)
+    read = window(gy, (-top, -left), (place[0] + bottom - top, place[1] + right - left))
     return _mix_taps(
         lambda n, o, y, v, ky, kx: read(
             n, o, y + rows.base - top - ky * rows.shift, v + columns.base - left - kx * columns.shift
         ),
-        lambda c, o, ky, kx: w[o, c, rows.first + ky * rows.step, columns.first + kx * columns.step],
-        (conv.batch, conv.channels, conv.rows.size, conv.columns.size),
+        lambda c, o, ky, kx: tap(o, c, ky, kx),
+        (conv.batch, conv.channels, *place),
         (conv.filters, rows.count, columns.count),
         gy.dtype,
         "dgrad",
+        kept,
     )
 
 
@@ -330,11 +347,9 @@ def _dgrad_written_out(pad: te.Tensor, w: te.Tensor, conv: _Conv, origin: tuple[
 
 def _dgrad_part(
     pad: te.Tensor, w: te.Tensor, conv: _Conv, rows: Taps, columns: Taps, origin: tuple[int, int], place: tuple[int, int]
-) -> te.Tensor | None:
-    """dX at the places of one residue; None where no tap reaches them."""
-    if not rows.count or not columns.count:
-        return None
-    read = _taps_of_part(w, conv, rows, columns)
+) -> te.Tensor:
+    """dX at the places of one residue."""
+    tap = _taps_of_part(w, conv, rows, columns)
     o = te.reduce_axis((0, conv.group_out), "o")
     ty, tx = te.reduce_axis((0, rows.count), "ty"), te.reduce_axis((0, columns.count), "tx")
 
@@ -345,7 +360,7 @@ def _dgrad_part(
             y + (rows.base - origin[0]) - ty * rows.shift,
             v + (columns.base - origin[1]) - tx * columns.shift,
         ]
-        return te.sum(source * read(g * conv.group_out + o, c, ty, tx), axis=[o, ty, tx])
+        return te.sum(source * tap(g * conv.group_out + o, c, ty, tx), axis=[o, ty, tx])
 
     return _grouped(product, conv.batch, conv.groups, conv.group_in, place, "dgrad")
 
