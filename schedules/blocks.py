@@ -17,6 +17,10 @@ from tvm_ffi import get_global_func
 # How a schedule primitive of TVM says that it does not fit (an InternalError is a RuntimeError too), and what follows from loops that
 # are fewer than expected, or that have no fixed extent.
 FAILURES = (ScheduleError, RuntimeError, ValueError, IndexError, TypeError)
+# An annotation of blocks whose formula is another one for each residue of their last two axes: modulo what.
+STRIDES = "tvmtrain.strides"
+# An annotation of blocks that stay by themselves.
+KEPT = "tvmtrain.kept"
 # Calls that cost more than reading their result back from memory.
 EXPENSIVE = ("exp", "log", "sqrt", "rsqrt", "pow", "tanh", "erf", "sigmoid", "sin", "cos")
 
@@ -74,6 +78,17 @@ class Block:
     def expensive(self) -> bool:
         calls = (e for e in _expressions(self.source.body) if isinstance(e, tvm.ir.Call))
         return any(getattr(call.op, "name", "").split(".")[-1] in EXPENSIVE for call in calls)
+
+    @property
+    def kept(self) -> bool:
+        """Whether its results are read so often that they are made once, whatever they cost."""
+        return self.strides is not None or KEPT in self.source.annotations
+
+    @property
+    def strides(self) -> tuple[int, int] | None:
+        """Of the last two axes, if the formula is another one for each residue."""
+        strides = self.source.annotations.get(STRIDES)
+        return None if strides is None else (int(strides[0]), int(strides[1]))
 
 
 def describe(sch: Schedule, block: SBlockRV) -> Block | None:

@@ -6,7 +6,8 @@
 2. tile: a reduction whose results lie side by side (convolutions, matrix products, column sums). A tile of results stays in
    registers while the reduction runs; what is computed from the results is written at once.
 3. lanes: a reduction along memory (row sums, softmax). Each lane of a vector has a partial sum.
-4. sweep: one result for each place (elementwise, padding, copies).
+4. interleave: another formula for each residue of a place modulo a stride. All residues of a row in one loop.
+5. sweep: one result for each place (elementwise, padding, copies).
 
 A template that does not fit a block is undone; the worst that can happen is a plain loop.
 """
@@ -24,6 +25,7 @@ from tvm.tirx import IndexMap
 
 from tvmtrain.schedules.blocks import FAILURES, Access, Block, describe, merged
 from tvmtrain.schedules.decisions import DEFAULT, Decisions
+from tvmtrain.schedules.interleave import interleave, residues_together
 from tvmtrain.schedules.side_by_side import side_by_side
 from tvmtrain.schedules.tiles import (
     PARALLEL,
@@ -40,8 +42,6 @@ from tvmtrain.targets import Device
 
 # Multiplications to which the taps of a small kernel may be written out.
 LARGEST_TAPS = (128, 32, 512)
-# Strides whose residues are taken from a row together.
-LARGEST_STRIDE = 4
 # Bytes that the partial sums of one kernel may take.
 LARGEST_PARTIAL = 4 * 2**20
 # Rows read at once by a transposed copy: a small map's rows are a power of two apart, and no cache keeps more than 8 such.
@@ -69,7 +69,7 @@ def decided(sch: Schedule, device: Device, decisions: Decisions) -> Schedule:
         blocks = blocks_of(sch)
     if _pad(sch, blocks, device):
         blocks = blocks_of(sch)
-    for block in sorted(blocks, key=lambda b: not b.reduction):
+    for block in sorted(blocks, key=lambda b: not b.reduction and b.strides is None):
         if _alone(sch, block.name):
             sch = _fit(sch, block, device, decisions)
     return sch
@@ -78,7 +78,7 @@ def decided(sch: Schedule, device: Device, decisions: Decisions) -> Schedule:
 def _fit(sch: Schedule, block: Block, device: Device, decisions: Decisions) -> Schedule:
     """The schedule after the template that is decided on, of those that fit the block; unchanged if none does."""
     fitting = []
-    for template in REDUCTIONS if block.reduction else (sweep,):
+    for template in REDUCTIONS if block.reduction else PLAIN:
         trial = sch.copy()
         with suppress(*FAILURES):
             if template(trial, block, device, decisions):
@@ -119,7 +119,7 @@ def _inline(sch: Schedule, blocks: Sequence[Block]) -> None:
         repeated = any(c.reduction and c.volume > block.volume for c in consumers)
         repeated |= block.guarded and any(c.volume > 2 * block.volume or _strided(c, block) for c in consumers)
         costly = block.expensive and sum(c.volume for c in consumers) > block.volume
-        if consumers and not (block.reduction or repeated or costly):
+        if consumers and not (block.reduction or repeated or costly or block.kept):
             with suppress(*FAILURES):
                 sch.compute_inline(rv)
 
@@ -260,12 +260,10 @@ def _bring(sch: Schedule, producer: str, at: LoopRV) -> list[str]:
     sch.compute_at(rv, at)
     if producer != "residues":
         return [producer]
-    # Every second element for one row, and the others for the next: both rows at once.
-    *_, row, column = sch.get_loops(rv)
-    if extent_of(sch, row) <= LARGEST_STRIDE < extent_of(sch, column):
-        sch.reorder(column, row)
-        sch.unroll(row)
     pads = [pad for pad in sch.get_producers(rv) if len(sch.get_consumers(pad)) == 1]
+    if not pads:
+        fill_then_copy(sch, producer)
+    residues_together(sch, rv)
     names = [sch.get(pad).name_hint for pad in pads]
     for pad in pads:
         sch.compute_at(pad, at)
@@ -430,5 +428,6 @@ def _chunks(size: int, width: int, outside: int, device: Device) -> int:
     return next((c for c in (4 * device.cores, 2 * device.cores, device.cores) if count % c == 0), 1)
 
 
-# What a reduction's template is chosen from, in this order.
+# What the template of a reduction is chosen from, in this order, and that of what has none.
 REDUCTIONS: tuple[Template, ...] = (side_by_side, tile, lanes, sweep)
+PLAIN: tuple[Template, ...] = (interleave, sweep)

@@ -51,7 +51,8 @@ def side_by_side(sch: Schedule, block: Block, device: Device, decisions: Decisio
     if layers.reduction:
         _add_layers(sch, layers, part)
     finish_at(sch, maps, part)
-    _gather(sch, known(sch, sch.get_sblock("packed")), shape.columns * shape.lanes, block.volume >= PARALLEL)
+    packed = next(p for p in sch.get_producers(rv) if sch.get(p).name_hint.startswith("packed"))
+    _gather(sch, known(sch, packed), shape.columns * shape.lanes, block.volume >= PARALLEL)
     for loop in (row, column):
         sch.unroll(loop)
     sch.vectorize(lane)
@@ -102,7 +103,7 @@ def _gather(sch: Schedule, block: Block, run: int, parallel: bool) -> None:
     channel, *_, last = sch.get_loops(rv)
     if parallel:
         sch.parallel(channel)
-    pads = [sch.get(pad).name_hint for pad in sch.get_producers(rv)]
+    pads = [sch.get(pad).name_hint for pad in sch.get_producers(rv) if len(sch.get_consumers(pad)) == 1]
     for pad in pads:
         sch.compute_at(sch.get_sblock(pad), channel)
     for pad in pads:

@@ -133,6 +133,55 @@ def test_convolutions_of_networks(case: Convolution) -> None:
     check_convolution(case)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        # name: why it is here
+        pytest.param(Convolution(2, 1, 1, 6, (16, 16), (3, 3), (2, 2), (1, 1), (1, 1, 1, 1)), id="even"),
+        pytest.param(Convolution(1, 1, 1, 1, (13, 11), (3, 3), (2, 2), (1, 1), (1, 1, 1, 1)), id="one channel, odd"),
+        pytest.param(Convolution(1, 1, 1, 5, (7, 7), (3, 3), (2, 2), (1, 1), (1, 1, 1, 1)), id="7x7"),
+        pytest.param(Convolution(2, 1, 1, 3, (14, 28), (5, 5), (2, 2), (1, 1), (2, 2, 2, 2)), id="5x5"),
+        pytest.param(Convolution(2, 1, 1, 3, (14, 15), (3, 3), (2, 2), (1, 1), (0, 0, 1, 1)), id="padded at the end only"),
+        pytest.param(Convolution(2, 1, 1, 3, (12, 18), (3, 3), (3, 3), (1, 1), (1, 1, 1, 1)), id="stride 3"),
+        pytest.param(Convolution(2, 1, 1, 3, (9, 16), (3, 3), (1, 2), (1, 1), (1, 1, 1, 1)), id="along rows only"),
+        pytest.param(Convolution(2, 1, 1, 3, (16, 9), (3, 3), (2, 1), (1, 1), (1, 1, 1, 1)), id="along columns only"),
+        pytest.param(Convolution(2, 1, 1, 3, (16, 16), (3, 3), (2, 2), (2, 2), (2, 2, 2, 2)), id="dilated"),
+        pytest.param(Convolution(2, 1, 1, 3, (16, 16), (2, 1), (3, 4), (1, 1), (0, 0, 0, 0)), id="stride beyond the kernel"),
+        pytest.param(
+            Convolution(2, 1, 1, 3, (20, 25), (3, 3), (5, 5), (1, 1), (1, 1, 1, 1)), id="a stride too long to write out"
+        ),
+        pytest.param(
+            Convolution(2, 1, 1, 3, (16, 16), (9, 9), (2, 2), (1, 1), (4, 4, 4, 4)), id="a kernel too large to write out"
+        ),
+        pytest.param(Convolution(1, 1, 1, 40, (32, 32), (3, 3), (2, 2), (1, 1), (1, 1, 1, 1)), id="on all cores"),
+        pytest.param(Convolution(2, 4, 6, 1, (12, 16), (3, 3), (2, 2), (1, 1), (1, 1, 1, 1)), id="dense"),
+        pytest.param(Convolution(2, 4, 6, 1, (11, 9), (1, 1), (2, 2), (1, 1), (0, 0, 0, 0)), id="dense, pointwise, odd"),
+        pytest.param(Convolution(2, 24, 20, 1, (8, 8), (3, 3), (2, 2), (1, 1), (1, 1, 1, 1)), id="dense, gathered"),
+        pytest.param(Convolution(3, 320, 16, 1, (7, 5), (3, 3), (2, 2), (1, 1), (1, 1, 1, 1)), id="dense, gathered, odd"),
+    ],
+)
+def test_gradients_through_strided_convolutions_are_masked_at_once(case: Convolution) -> None:
+    """ReLU6 before the convolution: what follows dX reads it row by row. Many places are exactly 0 or 6."""
+    torch.manual_seed(0)
+    x = (2 * torch.randn(case.batch, case.group_in * case.groups, *case.size)).round().requires_grad_()
+    w = torch.randn(case.group_out * case.groups, case.group_in, *case.kernel)
+    top, left, bottom, right = case.padding
+    inside = functional.pad(functional.hardtanh(x, 0.0, 6.0), (left, right, top, bottom))
+    y = functional.conv2d(inside, w, stride=case.strides, dilation=case.dilation, groups=case.groups)
+    gy = torch.randn_like(y)
+    y.backward(gy)
+
+    def step(x: relax.Expr, w: relax.Expr, gy: relax.Expr) -> relax.Expr:
+        call = relax.op.nn.conv2d(x, w, strides=case.strides, padding=case.padding, dilation=case.dilation, groups=case.groups)
+        zero, six = relax.const(0.0), relax.const(6.0)
+        passes = relax.op.logical_and(relax.op.greater(x, zero), relax.op.less(x, six))
+        return relax.op.where(passes, operators.conv2d_dgrad(call, gy), zero)
+
+    (got,) = run(step, *(t.detach().numpy() for t in (x, w, gy)))
+    assert x.grad is not None
+    close(got, x.grad.numpy())
+
+
 windows = st.tuples(pairs(1, 4), pairs(1, 3), pairs(4, 12), st.booleans(), st.booleans(), st.data())
 
 
@@ -177,6 +226,52 @@ def test_max_pooling_gives_ties_to_the_first(window: tuple, dilation: tuple[int,
     for got, wanted in zip(results, (y.detach(), x.grad), strict=True):
         assert wanted is not None
         close(got, wanted.numpy())
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "stride", "padding", "ceil_mode"),
+    [
+        # (images, channels, rows, columns)
+        ((2, 3, 32, 32), 3, 2, 1, False),  # ResNet's
+        ((1, 1, 35, 37), 3, 2, 0, True),  # odd
+        ((2, 2, 14, 14), 2, 2, 0, False),
+        ((1, 5, 7, 7), 3, 1, 1, False),
+        ((1, 1, 1, 1), 1, 1, 0, False),
+        ((2, 2, 17, 16), 2, 3, 0, False),  # places that no window covers
+        ((2, 2, 20, 20), 3, 5, 1, False),  # a stride too long to write out
+        ((2, 2, 20, 20), 6, 2, 3, False),  # a window too large to write out
+        ((8, 40, 16, 16), 3, 2, 1, False),  # on all cores
+    ],
+)
+def test_max_pooling_of_networks(shape: tuple[int, ...], kernel: int, stride: int, padding: int, ceil_mode: bool) -> None:
+    """After ReLU, before its mask: whole windows of zeros; and a gradient of infinity stays where it belongs."""
+    torch.manual_seed(0)
+    x = torch.randn(shape).round().requires_grad_()
+    y = functional.max_pool2d(functional.relu(x), kernel, stride, padding, 1, ceil_mode)
+    gy = torch.randn_like(y)
+    gy[0, 0, 0, 0] = float("inf")
+    y.backward(gy)
+
+    def step(gy: relax.Expr, x: relax.Expr) -> relax.Expr:
+        pooled = max_pool2d_backward(
+            gy, relax.op.nn.relu(x), (kernel, kernel), (stride, stride), [padding] * 4, (1, 1), ceil_mode
+        )
+        return relax.op.where(relax.op.greater(x, relax.const(0.0)), pooled, relax.const(0.0))
+
+    (got,) = run(step, gy.numpy(), x.detach().numpy())
+    assert x.grad is not None
+    np.testing.assert_allclose(got, x.grad.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_max_pooling_in_half_precision() -> None:
+    x = torch.randint(0, 3, (2, 3, 8, 8)).float()
+    gy = torch.randint(-4, 4, (2, 3, 4, 4)).float()
+    leaf = x.clone().requires_grad_()
+    functional.max_pool2d(leaf, 3, 2, 1).backward(gy)
+    options = ((3, 3), (2, 2), [1] * 4)
+    (got,) = run(lambda gy, x: max_pool2d_backward(gy, x, *options), *(t.numpy().astype("float16") for t in (gy, x)))
+    assert leaf.grad is not None
+    np.testing.assert_array_equal(got, leaf.grad.numpy())
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((5, 7), 0), ((4, 6), 1), ((2, 5, 3), 1)])

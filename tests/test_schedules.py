@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from relax_cases import close, module, run
 from tvm import relax, tirx
 from tvm.relax import op as R
+from tvm.relax.op.grad import max_pool2d_backward
 
-from tvmtrain import lowering, schedules, targets
+from tvmtrain import lowering, operators, schedules, targets
 
 rng = np.random.default_rng(0)
 
@@ -120,6 +121,22 @@ def test_the_images_of_a_pointwise_convolution_are_rows_of_a_matrix() -> None:
 
 def test_depthwise_padding_stays_with_its_core() -> None:
     text = scheduled(lambda x, w: R.nn.conv2d(x, w, padding=1, groups=32), (2, 32, 28, 28), (32, 1, 3, 3))
+    assert text.count("T.parallel") == 1
+
+
+def test_a_gradient_through_a_stride_is_made_plane_by_plane_and_masked_at_once() -> None:
+    def step(x: relax.Expr, w: relax.Expr, gy: relax.Expr) -> relax.Expr:
+        dx = operators.conv2d_dgrad(R.nn.conv2d(x, w, strides=2, padding=1, groups=32), gy)
+        return R.where(R.greater(x, relax.const(0.0)), dx, relax.const(0.0))
+
+    text = scheduled(step, (2, 32, 28, 28), (32, 1, 3, 3), (2, 32, 14, 14))
+    assert text.count("T.parallel") == 1
+    assert text.count("T.unroll(T.int64(2))") == 2
+
+
+def test_max_poolings_gradient_is_made_plane_by_plane() -> None:
+    options = ((3, 3), (2, 2), [1] * 4)
+    text = scheduled(lambda gy, x: max_pool2d_backward(gy, x, *options), (2, 32, 14, 14), (2, 32, 28, 28))
     assert text.count("T.parallel") == 1
 
 

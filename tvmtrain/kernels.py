@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import gcd, prod
+from math import prod
 from typing import Any
 
 import tvm
@@ -20,31 +20,35 @@ from tvm import relax, te, tirx
 from tvm.relax.transform.legalize_ops.common import register_legalize
 
 from tvmtrain.operators import DGRAD, PACKED_CONV, WGRAD
+from tvmtrain.strided import (
+    KEPT,
+    ROW,
+    STRIDES,
+    Axis,
+    Taps,
+    by_residues,
+    guarded,
+    reach,
+    residues_of,
+    residues_of_columns,
+    shape_of,
+    whole_vectors,
+    window,
+    zero,
+)
 
-# Rows are padded to multiples of this many elements: a whole AVX2 vector, two NEON ones, half an AVX-512 one.
-ROW = 8
 # Fewer places than this, of a whole batch, are read from the cache for every tile of a weight's gradient.
 LARGE_MAP = 4096
 # Numbers of one operand that are read again and again from the cache; numbers that partial sums of a gradient may take.
 LARGEST_PART, LARGEST_PARTIAL = 2**15, 2**20
 # Terms that are summed up in one go; sums into which deeper ones are split.
 DEEPEST, MOST_LAYERS = 2560, 8
+# Taps of a kernel whose products may be one formula.
+LARGEST_FORMULA = 49
 # Places of a map from which gathering what its taps read costs more than it saves.
 SMALL_MAP = 16 * ROW
 # Relax registers its own kernels at level 10; ours must win.
 OVERRIDE = 11
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """A convolution along one spatial axis: kernel size, stride, padding before, dilation, input and output size."""
-
-    kernel: int
-    stride: int
-    before: int
-    dilation: int
-    size: int
-    out: int
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,8 @@ class _Conv:
     channels: int
     filters: int
     groups: int
-    rows: _Axis
-    columns: _Axis
+    rows: Axis
+    columns: Axis
 
     @property
     def group_in(self) -> int:
@@ -73,20 +77,9 @@ class _Conv:
         return self.groups == 1 and all(a.kernel == 1 and a.before == 0 and (a.out - 1) * a.stride < a.size for a in axes)
 
 
-@dataclass(frozen=True)
-class _Taps:
-    """The taps that reach input places of one residue modulo the stride: kernel index first + t*step reads dY at place + base - t*shift."""
-
-    first: int
-    step: int
-    base: int
-    shift: int
-    count: int
-
-
 def _conv(attrs: Any, x: Sequence[int], w: Sequence[int], y: Sequence[int]) -> _Conv:
     strides, padding, dilation = ([int(v) for v in _attr(attrs, k)] for k in ("strides", "padding", "dilation"))
-    axes = [_Axis(int(w[2 + i]), strides[i], padding[i], dilation[i], int(x[2 + i]), int(y[2 + i])) for i in (0, 1)]
+    axes = [Axis(int(w[2 + i]), strides[i], padding[i], dilation[i], int(x[2 + i]), int(y[2 + i])) for i in (0, 1)]
     return _Conv(int(x[0]), int(x[1]), int(w[0]), int(_attr(attrs, "groups")), axes[0], axes[1])
 
 
@@ -95,28 +88,9 @@ def _attr(attrs: tvm.ir.Attrs, name: str) -> Any:
     return attrs[name] if isinstance(attrs, tvm.ir.DictAttrs) else getattr(attrs, name)
 
 
-def _shape(expr: relax.Expr | te.Tensor) -> list[int]:
-    return [int(d) for d in (expr.shape if isinstance(expr, te.Tensor) else expr.ty.shape)]
-
-
-def _whole(size: int) -> int:
-    """``size`` rounded up to whole vectors; short rows stay as they are."""
-    return size if size < ROW // 2 + 1 else -(-size // ROW) * ROW
-
-
-def _zero(x: te.Tensor) -> tirx.PrimExpr:
-    return tirx.const(0, x.dtype)
-
-
-def _guarded(x: te.Tensor, *index: tirx.PrimExpr) -> tirx.PrimExpr:
-    """x at ``index``, zero outside of it."""
-    inside = [c for i, size in zip(index, _shape(x), strict=True) for c in (i >= 0, i < size) if not isinstance(i, int)]
-    return tirx.if_then_else(tirx.all(*inside), x(*index), _zero(x))
-
-
 def _crop(x: te.Tensor, shape: Sequence[int], name: str) -> te.Tensor:
     """The leading part of x that has ``shape``; x itself if that is all of it."""
-    return x if _shape(x) == list(shape) else te.compute(shape, lambda *i: x(*i), name=name)
+    return x if shape_of(x) == list(shape) else te.compute(shape, lambda *i: x(*i), name=name)
 
 
 # --- Products over channels -------------------------------------------------------------------------------------------------
@@ -124,7 +98,7 @@ def _crop(x: te.Tensor, shape: Sequence[int], name: str) -> te.Tensor:
 
 def _mix_channels(x: te.Tensor, weight: Callable, outputs: int, name: str, gather: bool) -> te.Tensor:
     """y[n, o, y, x] = sum over c of weight(o, c) * x[n, c, y, x]; gather: small maps side by side."""
-    batch, channels, height, width = _shape(x)
+    batch, channels, height, width = shape_of(x)
     area, c = height * width, te.reduce_axis((0, channels), "c")
     if area % ROW == 0 or not gather:
         product = te.compute(
@@ -145,14 +119,14 @@ def _gathers(conv: _Conv, height: int, width: int) -> bool:
     return small and conv.groups == 1 and conv.channels * conv.filters >= (2 * ROW) ** 2
 
 
-def _window(x: te.Tensor, before: tuple[int, int], size: tuple[int, int]) -> te.Tensor:
-    """x with so many rows and columns of zeros before it, ``size`` in all."""
-    shape = (*_shape(x)[:2], *size)
-    return te.compute(shape, lambda n, c, y, v: _guarded(x, n, c, y - before[0], v - before[1]), name="pad")
-
-
 def _mix_taps(
-    read: Callable, weight: Callable, shape: tuple[int, ...], taps: tuple[int, int, int], dtype: str, name: str
+    read: Callable,
+    weight: Callable,
+    shape: tuple[int, ...],
+    taps: tuple[int, int, int],
+    dtype: str,
+    name: str,
+    kept: bool = False,
 ) -> te.Tensor:
     """y [N, O, H, W]: the sum over (c, ky, kx) of weight(o, c, ky, kx) * read(n, c, y, x, ky, kx), gathered for small maps."""
     batch, outputs, height, width = shape
@@ -174,13 +148,14 @@ def _mix_taps(
         return te.sum(weight(o, channel, ky, kx) * packed[channel, ky, kx, n, j], axis=[c, ky, kx])
 
     sums = te.compute((layers, outputs, images, each), product, name=name)
+    attrs = {KEPT: 1} if kept else {}
     if layers == 1:
-        return te.compute(shape, lambda n, o, y, v: sums[0, o, n, y * width + v], name=f"{name}_map")
+        return te.compute(shape, lambda n, o, y, v: sums[0, o, n, y * width + v], name=f"{name}_map", attrs=attrs)
     layer = te.reduce_axis((0, layers), "layer")
     total = te.compute(
         (outputs, images, each), lambda o, n, j: te.sum(sums[layer, o, n, j], axis=[layer]), name=f"{name}_layers"
     )
-    return te.compute(shape, lambda n, o, y, v: total[o, n, y * width + v], name=f"{name}_map")
+    return te.compute(shape, lambda n, o, y, v: total[o, n, y * width + v], name=f"{name}_map", attrs=attrs)
 
 
 def _layers(taps: tuple[int, int, int]) -> int:
@@ -225,16 +200,14 @@ def _padded(x: te.Tensor, conv: _Conv, width: int) -> Callable:
     if not rows.before and not columns.before and height <= rows.size and span <= columns.size and columns.stride == 1:
         return lambda n, c, row, kx, v: x[n, c, row, v + kx * columns.dilation]
     if columns.stride == 1:
-        pad = _window(x, (rows.before, columns.before), (height, span))
+        pad = window(x, (rows.before, columns.before), (height, span))
         return lambda n, c, row, kx, v: pad[n, c, row, v + kx * columns.dilation]
+    if conv.group_in == 1:
+        return residues_of_columns(x, (rows, columns), (height, span), line=ROW)
     across, stride, step = -(-span // columns.stride), columns.stride, columns.dilation
-    inside = _window(x, (rows.before, columns.before), (height, across * stride)) if conv.group_in == 1 else None
 
     def residue(n: Any, c: Any, y: Any, r: Any, q: Any) -> Any:
-        if inside is not None:
-            # Padded by plain copies, which a core makes for one channel at a time.
-            return inside[n, c, y, q * stride + r]
-        return _guarded(x, n, c, y - rows.before, q * stride + r - columns.before)
+        return guarded(x, n, c, y - rows.before, q * stride + r - columns.before)
 
     residues = te.compute((conv.batch, conv.channels, height, stride, across), residue, name="residues")
     return lambda n, c, row, kx, v: residues[n, c, row, kx * step % stride, v + kx * step // stride]
@@ -246,7 +219,7 @@ def conv2d(x: te.Tensor, w: Callable, conv: _Conv, gather: bool = True) -> te.Te
         return _mix_channels(_subsampled(x, conv), lambda o, c: w(o, c, 0, 0), conv.filters, "conv2d", gather)
     rows, columns = conv.rows, conv.columns
     if gather and _gathers(conv, rows.out, columns.out):
-        read = _window(x, (rows.before, columns.before), _reached(conv))
+        read = window(x, (rows.before, columns.before), _reached(conv))
         return _mix_taps(
             lambda n, c, y, v, ky, kx: read(
                 n, c, y * rows.stride + ky * rows.dilation, v * columns.stride + kx * columns.dilation
@@ -257,7 +230,7 @@ def conv2d(x: te.Tensor, w: Callable, conv: _Conv, gather: bool = True) -> te.Te
             x.dtype,
             "conv2d",
         )
-    width = _whole(columns.out)
+    width = whole_vectors(columns.out)
     read = _padded(x, conv, width)
     c = te.reduce_axis((0, conv.group_in), "c")
     ky, kx = te.reduce_axis((0, rows.kernel), "ky"), te.reduce_axis((0, columns.kernel), "kx")
@@ -284,48 +257,35 @@ def _grouped(product: Callable, batch: int, groups: int, each: int, place: tuple
 # --- Gradient of the input --------------------------------------------------------------------------------------------------
 
 
-def _taps(axis: _Axis, residue: int) -> _Taps:
-    """Input places of ``residue`` modulo the stride: which taps reach them, and from where."""
-    step = axis.stride // gcd(axis.stride, axis.dilation)
-    at = residue + axis.before
-    hits = [k for k in range(axis.kernel) if (at - k * axis.dilation) % axis.stride == 0]
-    if not hits:
-        return _Taps(0, step, 0, 0, 0)
-    return _Taps(hits[0], step, (at - hits[0] * axis.dilation) // axis.stride, step * axis.dilation // axis.stride, len(hits))
-
-
-def _residues(axis: _Axis) -> list[_Taps]:
-    return [_taps(axis, residue) for residue in range(axis.stride)]
-
-
-def _reach(taps: Sequence[_Taps]) -> tuple[int, int]:
-    """The lowest and the highest offset at which dY is read."""
-    used = [t for t in taps if t.count]
-    return min((t.base - (t.count - 1) * t.shift for t in used), default=0), max((t.base for t in used), default=0)
-
-
 def conv2d_dgrad(gy: te.Tensor, w: te.Tensor, conv: _Conv, gather: bool = True) -> te.Tensor:
     """dX, one convolution of dY for each residue of the input places modulo the stride: no tap is tried in vain."""
     if (
         conv.pointwise
         and conv.rows.stride == conv.columns.stride == 1
-        and _shape(gy)[2:] == [conv.rows.size, conv.columns.size]
+        and shape_of(gy)[2:] == [conv.rows.size, conv.columns.size]
     ):
         return _mix_channels(gy, lambda c, o: w[o, c, 0, 0], conv.channels, "dgrad", gather)
     rows, columns = conv.rows, conv.columns
-    row_taps, column_taps = _residues(rows), _residues(columns)
-    (top, bottom), (left, right) = _reach(row_taps), _reach(column_taps)
+    row_taps, column_taps = residues_of(rows), residues_of(columns)
+    (top, bottom), (left, right) = reach(row_taps), reach(column_taps)
     if gather and _gathers(conv, rows.size, columns.size) and rows.stride == columns.stride == 1:
-        return _dgrad_gathered(gy, w, conv, row_taps[0], column_taps[0])
-    height, width = -(-rows.size // rows.stride), _whole(-(-columns.size // columns.stride))
-    pad = _window(gy, (-top, -left), (height + bottom - top, width + right - left))
-    parts = [[_dgrad_part(pad, w, conv, a, b, (top, left), (height, width)) for b in column_taps] for a in row_taps]
+        return _dgrad_gathered(gy, w, conv, row_taps[0], column_taps[0], (rows.size, columns.size))
+    height, width = -(-rows.size // rows.stride), whole_vectors(-(-columns.size // columns.stride))
+    pad = window(gy, (-top, -left), (height + bottom - top, width + right - left))
+    if gather and _writes_out(conv):
+        return _dgrad_written_out(pad, w, conv, (top, left), (height, width))
+    small = (height, -(-columns.size // columns.stride))
+    if gather and small[1] < ROW and _gathers(conv, *small):
+        part = partial(_dgrad_gathered, gy, w, conv, place=small, kept=True)
+    else:
+        part = partial(_dgrad_part, pad, w, conv, origin=(top, left), place=(height, width))
+    parts = [[part(rows=a, columns=b) if a.count and b.count else None for b in column_taps] for a in row_taps]
     shape = (conv.batch, conv.channels, rows.size, columns.size)
     if len(row_taps) == len(column_taps) == 1:
-        return _crop(parts[0][0], shape, "dgrad_rows") if parts[0][0] is not None else te.compute(shape, lambda *_: _zero(gy))
+        return _crop(parts[0][0], shape, "dgrad_rows") if parts[0][0] is not None else te.compute(shape, lambda *_: zero(gy))
 
     def place(n: Any, c: Any, y: Any, v: Any) -> Any:
-        value: Any = _zero(gy)
+        value: Any = zero(gy)
         for a, line in enumerate(parts):
             for b, part in enumerate(line):
                 if part is not None:
@@ -333,31 +293,63 @@ def conv2d_dgrad(gy: te.Tensor, w: te.Tensor, conv: _Conv, gather: bool = True) 
                     value = tirx.if_then_else(here, part[n, c, y // rows.stride, v // columns.stride], value)
         return value
 
-    return te.compute(shape, place, name="dgrad_interleaved")
+    return te.compute(shape, place, name="dgrad_interleaved", attrs={STRIDES: [rows.stride, columns.stride]})
 
 
-def _dgrad_gathered(gy: te.Tensor, w: te.Tensor, conv: _Conv, rows: _Taps, columns: _Taps) -> te.Tensor:
-    """dX of a convolution of stride 1 on small maps."""
-    (top, bottom), (left, right) = _reach([rows]), _reach([columns])
-    read = _window(gy, (-top, -left), (conv.rows.size + bottom - top, conv.columns.size + right - left))
+def _dgrad_gathered(
+    gy: te.Tensor, w: te.Tensor, conv: _Conv, rows: Taps, columns: Taps, place: tuple[int, int], kept: bool = False
+) -> te.Tensor:
+    """dX at the places of one residue, on small maps."""
+    (top, bottom), (left, right) = reach([rows]), reach([columns])
+    tap = _taps_of_part(w, conv, rows, columns)
+    read = window(gy, (-top, -left), (place[0] + bottom - top, place[1] + right - left))
     return _mix_taps(
         lambda n, o, y, v, ky, kx: read(
             n, o, y + rows.base - top - ky * rows.shift, v + columns.base - left - kx * columns.shift
         ),
-        lambda c, o, ky, kx: w[o, c, rows.first + ky * rows.step, columns.first + kx * columns.step],
-        (conv.batch, conv.channels, conv.rows.size, conv.columns.size),
+        lambda c, o, ky, kx: tap(o, c, ky, kx),
+        (conv.batch, conv.channels, *place),
         (conv.filters, rows.count, columns.count),
         gy.dtype,
         "dgrad",
+        kept,
     )
 
 
+def _writes_out(conv: _Conv) -> bool:
+    """Whether the few terms of each place of dX are one formula: a depthwise convolution with a stride along its rows."""
+    taps = conv.rows.kernel * conv.columns.kernel
+    return conv.group_in == conv.group_out == 1 < conv.columns.stride and taps <= LARGEST_FORMULA
+
+
+def _dgrad_written_out(pad: te.Tensor, w: te.Tensor, conv: _Conv, origin: tuple[int, int], place: tuple[int, int]) -> te.Tensor:
+    """dX of a depthwise convolution: at each place the sum of its residue's taps, so that whole rows leave at once."""
+    rows, columns = conv.rows, conv.columns
+
+    def total(n: Any, c: Any, y: Any, v: Any, a: Taps, b: Taps) -> Any:
+        row, column = y // rows.stride + a.base - origin[0], v // columns.stride + b.base - origin[1]
+        terms = [
+            pad[n, c, row - i * a.shift, column - j * b.shift] * w[c, 0, a.first + i * a.step, b.first + j * b.step]
+            for i in range(a.count)
+            for j in range(b.count)
+        ]
+        return sum(terms[1:], terms[0]) if terms else zero(pad)
+
+    whole = (conv.batch, conv.channels, place[0] * rows.stride, place[1] * columns.stride)
+    sums = te.compute(
+        whole,
+        lambda n, c, y, v: by_residues((rows, columns), (y, v), partial(total, n, c, y, v)),
+        name="dgrad",
+        attrs={STRIDES: [rows.stride, columns.stride]},
+    )
+    return _crop(sums, (conv.batch, conv.channels, rows.size, columns.size), "dgrad_rows")
+
+
 def _dgrad_part(
-    pad: te.Tensor, w: te.Tensor, conv: _Conv, rows: _Taps, columns: _Taps, origin: tuple[int, int], place: tuple[int, int]
-) -> te.Tensor | None:
-    """dX at the places of one residue; None where no tap reaches them."""
-    if not rows.count or not columns.count:
-        return None
+    pad: te.Tensor, w: te.Tensor, conv: _Conv, rows: Taps, columns: Taps, origin: tuple[int, int], place: tuple[int, int]
+) -> te.Tensor:
+    """dX at the places of one residue."""
+    tap = _taps_of_part(w, conv, rows, columns)
     o = te.reduce_axis((0, conv.group_out), "o")
     ty, tx = te.reduce_axis((0, rows.count), "ty"), te.reduce_axis((0, columns.count), "tx")
 
@@ -368,10 +360,22 @@ def _dgrad_part(
             y + (rows.base - origin[0]) - ty * rows.shift,
             v + (columns.base - origin[1]) - tx * columns.shift,
         ]
-        tap = w[g * conv.group_out + o, c, rows.first + ty * rows.step, columns.first + tx * columns.step]
-        return te.sum(source * tap, axis=[o, ty, tx])
+        return te.sum(source * tap(g * conv.group_out + o, c, ty, tx), axis=[o, ty, tx])
 
     return _grouped(product, conv.batch, conv.groups, conv.group_in, place, "dgrad")
+
+
+def _taps_of_part(w: te.Tensor, conv: _Conv, rows: Taps, columns: Taps) -> Callable:
+    """The taps of one residue, read as f(o, c, ty, tx): of many filters a copy in the order in which they are summed up."""
+
+    def tap(o: Any, c: Any, ty: Any, tx: Any) -> Any:
+        return w[o, c, rows.first + ty * rows.step, columns.first + tx * columns.step]
+
+    if conv.groups > 1 or conv.rows.stride == conv.columns.stride == 1:
+        return tap
+    shape = (conv.group_in, conv.filters, rows.count, columns.count)
+    copy = te.compute(shape, lambda c, o, ty, tx: tap(o, c, ty, tx), name="taps")
+    return lambda o, c, ty, tx: copy[c, o, ty, tx]
 
 
 # --- Gradient of the weight -------------------------------------------------------------------------------------------------
@@ -392,8 +396,8 @@ def _channels_last(x: te.Tensor, size: tuple[int, int], before: tuple[int, int],
     """x [N, C, H, W], padded in its places and up to ``channels``, as [channels/b, N, H', W', b]: b neighbours fill a cache line."""
     block = next((b for b in (4 * ROW, 6 * ROW, 2 * ROW) if channels % b == 0 and channels > 6 * ROW), channels)
     return te.compute(
-        (channels // block, _shape(x)[0], *size, block),
-        lambda i, n, y, v, c: _guarded(x, n, i * block + c, y - before[0], v - before[1]),
+        (channels // block, shape_of(x)[0], *size, block),
+        lambda i, n, y, v, c: guarded(x, n, i * block + c, y - before[0], v - before[1]),
         name="channels_last",
     )
 
@@ -409,8 +413,8 @@ def _wgrad_over_channels(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
     rows, columns, wide = conv.rows, conv.columns, conv.group_in
     if conv.groups > 1:
         return _wgrad_of_groups(x, gy, conv)
-    source = _channels_last(x, _reached(conv), (rows.before, columns.before), _whole(wide))
-    block = _shape(source)[-1]
+    source = _channels_last(x, _reached(conv), (rows.before, columns.before), whole_vectors(wide))
+    block = shape_of(source)[-1]
 
     def product(n: Any, y: Any, v: Any, ky: Any, kx: Any, o: Any, i: Any, c: Any) -> Any:
         row, column = y * rows.stride + ky * rows.dilation, v * columns.stride + kx * columns.dilation
@@ -423,7 +427,7 @@ def _wgrad_over_channels(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
 
 def _blocks(source: te.Tensor) -> tuple[int, int]:
     """Blocks of channels, and channels in each."""
-    shape = _shape(source)
+    shape = shape_of(source)
     return shape[0], shape[-1]
 
 
@@ -455,7 +459,7 @@ def _wgrad_of_groups(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
     size, before = _reached(conv), (rows.before, columns.before)
     source = te.compute(
         (conv.batch, *size, conv.channels),
-        lambda n, y, v, c: _guarded(x, n, c, y - before[0], v - before[1]),
+        lambda n, y, v, c: guarded(x, n, c, y - before[0], v - before[1]),
         name="channels_last",
     )
 
@@ -471,9 +475,9 @@ def _wgrad_of_groups(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
 def _wgrad_over_filters(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
     """Vectors run over the filters."""
     rows, columns = conv.rows, conv.columns
-    pad = _window(x, (rows.before, columns.before), _reached(conv))
-    source = _channels_last(gy, (rows.out, columns.out), (0, 0), _whole(conv.filters))
-    block = _shape(source)[-1]
+    pad = window(x, (rows.before, columns.before), _reached(conv))
+    source = _channels_last(gy, (rows.out, columns.out), (0, 0), whole_vectors(conv.filters))
+    block = shape_of(source)[-1]
 
     def product(n: Any, y: Any, v: Any, c: Any, ky: Any, kx: Any, i: Any, o: Any) -> Any:
         row, column = y * rows.stride + ky * rows.dilation, v * columns.stride + kx * columns.dilation
@@ -487,12 +491,12 @@ def _wgrad_over_filters(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
 def _wgrad_depthwise(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
     """Vectors run along the rows of dY, each lane with a sum of its own; the lanes are added at the end."""
     rows, columns = conv.rows, conv.columns
-    width = _whole(columns.out)
+    width = whole_vectors(columns.out)
     lanes = ROW if width % ROW == 0 else width
     read = _padded(x, conv, width)
     grad = gy
     if width != columns.out:
-        grad = te.compute((conv.batch, conv.filters, rows.out, width), lambda *i: _guarded(gy, *i), name="pad_grad")
+        grad = te.compute((conv.batch, conv.filters, rows.out, width), lambda *i: guarded(gy, *i), name="pad_grad")
     n, y, v = (te.reduce_axis((0, size), name) for size, name in ((conv.batch, "n"), (rows.out, "y"), (width // lanes, "x")))
 
     def product(o: Any, ky: Any, kx: Any, lane: Any) -> Any:
@@ -511,7 +515,7 @@ def _wgrad_depthwise(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
 
 def running_sum(x: te.Tensor, axis: int, dtype: str, exclusive: bool) -> te.Tensor:
     """Every sum for itself: n times the work of one after the other, for devices with thousands of threads."""
-    shape = _shape(x)
+    shape = shape_of(x)
     k = te.reduce_axis((0, shape[axis]), "k")
 
     def total(*place: Any) -> Any:
@@ -536,14 +540,14 @@ def _legalize_conv2d(bb: relax.BlockBuilder, call: relax.Call, gather: bool = Tr
     if layouts != ("NCHW", "OIHW", "NCHW"):
         return _relax_conv2d(bb, call)
     x, w = call.args
-    conv = _conv(call.attrs, _shape(x), _shape(w), _shape(call))
+    conv = _conv(call.attrs, shape_of(x), shape_of(w), shape_of(call))
     return bb.call_te(lambda a, b: conv2d(a, lambda *at: b(*at), conv, gather), x, w, primfunc_name_hint="conv2d")
 
 
 def _legalize_packed(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     x, packed = call.args
-    tiles, *inner, tile = _shape(packed)
-    conv = _conv(call.attrs, _shape(x), [tiles * tile, *inner], _shape(call))
+    tiles, *inner, tile = shape_of(packed)
+    conv = _conv(call.attrs, shape_of(x), [tiles * tile, *inner], shape_of(call))
 
     def kernel(a: te.Tensor, b: te.Tensor) -> te.Tensor:
         return conv2d(a, lambda o, c, ky, kx: b[o // tile, c, ky, kx, o % tile], conv)
@@ -553,13 +557,13 @@ def _legalize_packed(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
 
 def _legalize_dgrad(bb: relax.BlockBuilder, call: relax.Call, gather: bool = True) -> relax.Expr:
     gy, w = call.args
-    conv = _conv(call.attrs, _shape(call), _shape(w), _shape(gy))
+    conv = _conv(call.attrs, shape_of(call), shape_of(w), shape_of(gy))
     return bb.call_te(lambda a, b: conv2d_dgrad(a, b, conv, gather), gy, w, primfunc_name_hint="conv2d_dgrad")
 
 
 def _legalize_wgrad(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     x, gy = call.args
-    conv = _conv(call.attrs, _shape(x), _shape(call), _shape(gy))
+    conv = _conv(call.attrs, shape_of(x), shape_of(call), shape_of(gy))
     return bb.call_te(lambda a, b: conv2d_wgrad(a, b, conv), x, gy, primfunc_name_hint="conv2d_wgrad")
 
 

@@ -7,15 +7,22 @@ its max_pool2d_backward is right, but looks for the maximum of each window again
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from itertools import product
 from typing import Any
 
+import tvm
 from tvm import relax, te, tirx
 from tvm.ir import Op
 from tvm.ir.op import register_op_attr
 
+from tvmtrain.strided import KEPT, STRIDES, Axis, Taps, by_residues, reach, residues_of, residues_of_columns, shape_of, window
+
 # Relax registers its own kernels at level 10; ours must win.
 OVERRIDE = 11
+# Taps of a window that may be one formula.
+LARGEST_FORMULA = 25
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,10 @@ class _Axis:
     dilation: int
     size: int
     out: int
+
+    @property
+    def strided(self) -> Axis:
+        return Axis(self.window, self.stride, self.before, self.dilation, self.size, self.out)
 
     @property
     def overlap(self) -> int:
@@ -91,6 +102,66 @@ def max_pool2d_backward(gy: te.Tensor, x: te.Tensor, rows: _Axis, columns: _Axis
     return _gathered(shape, rows, columns, part, gy.dtype, "max_pool2d_backward")
 
 
+def max_pool2d_backward_by_residues(gy: te.Tensor, x: te.Tensor, rows: Axis, columns: Axis) -> te.Tensor:
+    """The same, of one formula for each residue of the input places modulo the strides, without a question."""
+    (top, bottom), (left, right) = reach(residues_of(rows)), reach(residues_of(columns))
+    # All windows that may cover a place; the gradient is zero in those that there are not.
+    high, wide = -(-rows.size // rows.stride) + bottom - top, -(-columns.size // columns.stride) + right - left
+    grad = window(gy, (-top, -left), (high, wide))
+    axes = [replace(axis, before=axis.before - low * axis.stride) for axis, low in ((rows, top), (columns, left))]
+    first = _first_maximum(x, axes[0], axes[1], (high, wide))
+    bits = str(first.dtype)
+
+    def total(n: Any, c: Any, y: Any, v: Any, a: Taps, b: Taps) -> Any:
+        row, column = y // rows.stride + a.base - top, v // columns.stride + b.base - left
+
+        def part(i: int, j: int) -> Any:
+            at = (n, c, row - i * a.shift, column - j * b.shift)
+            number = _number((a.first + i * a.step, b.first + j * b.step), rows, columns)
+            return tirx.reinterpret(gy.dtype, tirx.reinterpret(bits, grad[at]) & _all_bits(first[at], number, bits))
+
+        parts = [part(i, j) for i in range(a.count) for j in range(b.count)]
+        return sum(parts[1:], parts[0]) if parts else tirx.const(0, gy.dtype)
+
+    return te.compute(
+        (*shape_of(x)[:2], rows.size, columns.size),
+        lambda n, c, y, v: by_residues((rows, columns), (y, v), partial(total, n, c, y, v)),
+        name="max_pool2d_backward",
+        attrs={STRIDES: [rows.stride, columns.stride]},
+    )
+
+
+def _first_maximum(x: te.Tensor, rows: Axis, columns: Axis, shape: tuple[int, int]) -> te.Tensor:
+    """The number of the first maximum in each window, as wide as the elements of x."""
+    high, wide = (
+        (size - 1) * a.stride + (a.kernel - 1) * a.dilation + 1 for a, size in ((rows, shape[0]), (columns, shape[1]))
+    )
+    read = residues_of_columns(x, (rows, columns), (high, wide), tirx.min_value(x.dtype))
+    bits = f"int{tvm.DataType(x.dtype).bits}"
+    taps = list(product(range(rows.kernel), range(columns.kernel)))
+
+    def first(n: Any, c: Any, y: Any, v: Any) -> Any:
+        values = [read(n, c, y * rows.stride + ky * rows.dilation, kx, v) for ky, kx in taps]
+        largest = tirx.Var("largest", x.dtype)
+        numbers = [
+            tirx.const(_number(tap, rows, columns), bits) & _all_bits(value, largest, bits)
+            for tap, value in zip(taps, values, strict=True)
+        ]
+        return tirx.Let(largest, reduce(tirx.max, values), reduce(tirx.max, numbers))
+
+    return te.compute((*shape_of(x)[:2], *shape), first, name="first", attrs={KEPT: 1})
+
+
+def _number(tap: tuple[int, int], rows: Axis, columns: Axis) -> int:
+    """Of a tap: the earlier it is, the larger, and above 0."""
+    return rows.kernel * columns.kernel - tap[0] * columns.kernel - tap[1]
+
+
+def _all_bits(a: Any, b: Any, bits: str) -> Any:
+    """Every bit where a is b, none elsewhere: LLVM makes no vectors of choices between what is in memory."""
+    return tirx.const(0, bits) - (a == b).astype(bits)
+
+
 def _gathered(shape: list[int], rows: _Axis, columns: _Axis, part: Callable, dtype: str, name: str) -> te.Tensor:
     """The sum over the windows that cover each input place of part(n, c, window row, window column, tap)."""
     qy, qx = te.reduce_axis((0, rows.overlap), "qy"), te.reduce_axis((0, columns.overlap), "qx")
@@ -123,13 +194,17 @@ def _axes(call: relax.Call) -> tuple[_Axis, _Axis]:
     return rows, columns
 
 
-def _legalize_max(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+def _legalize_max(bb: relax.BlockBuilder, call: relax.Call, written_out: bool = True) -> relax.Expr:
     if call.attrs.layout != "NCHW":
         return _relax_max(bb, call)
     rows, columns = _axes(call)
-    return bb.call_te(
-        lambda gy, x: max_pool2d_backward(gy, x, rows, columns), *call.args, primfunc_name_hint="max_pool2d_backward"
-    )
+
+    def kernel(gy: te.Tensor, x: te.Tensor) -> te.Tensor:
+        if not written_out or rows.window * columns.window > LARGEST_FORMULA:
+            return max_pool2d_backward(gy, x, rows, columns)
+        return max_pool2d_backward_by_residues(gy, x, *(a.strided for a in (rows, columns)))
+
+    return bb.call_te(kernel, *call.args, primfunc_name_hint="max_pool2d_backward")
 
 
 def _legalize_avg(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
@@ -145,3 +220,6 @@ def _legalize_avg(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
 _relax_max, _relax_avg = (Op.get(f"relax.grad.{kind}_pool2d_backward").get_attr("FLegalize") for kind in ("max", "avg"))
 register_op_attr("relax.grad.max_pool2d_backward", "FLegalize", _legalize_max, OVERRIDE)
 register_op_attr("relax.grad.avg_pool2d_backward", "FLegalize", _legalize_avg, OVERRIDE)
+
+# GPUs' threads ask each for itself.
+FOR_GPUS = {"relax.grad.max_pool2d_backward": partial(_legalize_max, written_out=False)}
