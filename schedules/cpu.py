@@ -3,10 +3,11 @@
 ``schedule`` first inlines what is cheap, then gives each block of a PrimFunc the first of these that fits it:
 
 1. side_by_side: a product over channels of maps that are no whole vectors. Some filters' results for all places stay in the cache.
-2. tile: a reduction whose results lie side by side (convolutions, matrix products, column sums). A tile of results stays in
+2. pooled: sums of rows of a map of which others take sums of neighbours (patches). A row at a time stays in the cache.
+3. tile: a reduction whose results lie side by side (convolutions, matrix products, column sums). A tile of results stays in
    registers while the reduction runs; what is computed from the results is written at once.
-3. lanes: a reduction along memory (row sums, softmax). Each lane of a vector has a partial sum.
-4. sweep: one result for each place (elementwise, padding, copies).
+4. lanes: a reduction along memory (row sums, softmax). Each lane of a vector has a partial sum.
+5. sweep: one result for each place (elementwise, padding, copies).
 
 A template that does not fit a block is undone; the worst that can happen is a plain loop.
 """
@@ -25,6 +26,7 @@ from tvm.tirx import IndexMap
 from tvmtrain.schedules.blocks import FAILURES, Access, Block, describe, merged
 from tvmtrain.schedules.side_by_side import side_by_side
 from tvmtrain.schedules.tiles import (
+    LARGEST_TILE,
     PARALLEL,
     Tile,
     extent_of,
@@ -65,7 +67,7 @@ def schedule(func: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:
         blocks = _blocks(sch)
     for block in sorted(blocks, key=lambda b: not b.reduction):
         if _alone(sch, block.name):
-            sch = _fit(sch, block, device, (side_by_side, tile, lanes, sweep) if block.reduction else (sweep,))
+            sch = _fit(sch, block, device, (side_by_side, pooled, tile, lanes, sweep) if block.reduction else (sweep,))
     return sch.mod["main"]
 
 
@@ -302,6 +304,32 @@ def _finish_in(sch: Schedule, rv: SBlockRV, epilogue: SBlockRV | None, at: LoopR
         sch.set_scope(rv, 0, "local")
     if at is not None:
         leave_registers(sch, epilogue, at, device)
+
+
+# --- Sums over patches --------------------------------------------------------------------------------------------------------
+
+
+def pooled(sch: Schedule, block: Block, device: Device) -> bool:
+    """Sums of a few rows, and of neighbours in them: row by row, so that what is read with gaps has just been made."""
+    rv = sch.get_sblock(block.name)
+    consumers = sch.get_consumers(rv)
+    reader = describe(sch, consumers[0]) if len(consumers) == 1 else None
+    last = len(block.extents) - 1
+    if reader is None or reader.reduction or block.reductions != (last,) or not _strided(reader, block):
+        return False
+    if block.extents[last] > LARGEST_TILE or block.write.strides[last - 1] != 1:
+        return False
+    *outer, at, _ = sch.get_loops(consumers[0])
+    sch.compute_at(rv, at)
+    if block.volume >= PARALLEL:
+        _parallel(sch, outer, _shared_prefix([extent_of(sch, loop) for loop in outer], device))
+    *_, place, row = sch.get_loops(rv)
+    place, lane = sch.split(place, factors=[None, lanes_of(block.extents[last - 1], device) or 1])
+    sch.reorder(place, row, lane)
+    sch.vectorize(lane)
+    sch.unroll(row)
+    sch.decompose_reduction(rv, row)
+    return True
 
 
 # --- Reductions along memory --------------------------------------------------------------------------------------------------
