@@ -43,6 +43,8 @@ from tvmtrain.targets import Device
 LARGEST_TAPS = 128
 # Strides whose residues are taken from a row together.
 LARGEST_STRIDE = 4
+# Tiles of rows for which a copy of the columns that they read is worth making; elements between columns that cost more.
+FEWEST_READERS, WIDEST_GAP = 8, 256
 # Bytes that the partial sums of one kernel may take.
 LARGEST_PARTIAL = 4 * 2**20
 # Rows read at once by a transposed copy: a small map's rows are a power of two apart, and no cache keeps more than 8 such.
@@ -161,6 +163,8 @@ def tile(sch: Schedule, block: Block, device: Device) -> bool:
     shared, private = _share(sch, block, axes, counts, device) if block.volume >= PARALLEL else (0, [])
     outer = _parallel(sch, outer, shared)
     copies = [copied for producer in private for copied in _bring(sch, producer, outer[0])]
+    if not private and len(outer) > len(shape.rows):
+        _bring_strip(sch, block, shape, outer[-1 - len(shape.rows)])
     _finish_in(sch, rv, epilogue, outer[-1] if outer else None, device)
     for copied in copies:
         fill_then_copy(sch, copied)
@@ -254,6 +258,29 @@ def _bring(sch: Schedule, producer: str, at: LoopRV) -> list[str]:
     for pad in pads:
         sch.compute_at(pad, at)
     return names
+
+
+def _bring_strip(sch: Schedule, block: Block, shape: Tile, at: LoopRV) -> None:
+    """A copy, without gaps, of the columns that all tiles of rows read in turn: gaps of a page each would miss in every cache."""
+    again = prod(block.extents[axis] // size for axis, size in shape.rows)
+    if len(block.reductions) != 1 or again < FEWEST_READERS:
+        return
+    (summed,) = block.reductions
+    rows = [axis for axis, _ in shape.rows]
+    for i, read in enumerate(block.reads):
+        gap = read.strides[summed]
+        if read.strides[shape.axis] == 1 and gap is not None and gap >= WIDEST_GAP and all(read.strides[a] == 0 for a in rows):
+            copy = sch.cache_read(sch.get_sblock(block.name), i, "global")
+            _as_lines(sch, copy, [int(d) for d in read.buffer.shape], block.extents[shape.axis])
+            sch.compute_at(copy, at)
+
+
+def _as_lines(sch: Schedule, copy: SBlockRV, shape: Sequence[int], line: int) -> None:
+    """The rows and columns of a copied map become one axis, if it is this axis that is read."""
+    if len(shape) > 1 and shape[-1] < line == prod(shape[-2:]):
+        merge = IndexMap.from_func(lambda *i: [*i[:-2], i[-2] * shape[-1] + i[-1]], ndim=len(shape), index_dtype="int64")
+        sch.transform_layout(copy, ("write", 0), merge)
+        sch.transform_block_layout(copy, merge)
 
 
 # --- What follows a reduction -------------------------------------------------------------------------------------------------
