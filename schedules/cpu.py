@@ -43,8 +43,8 @@ from tvmtrain.targets import Device
 LARGEST_TAPS = 128
 # Strides whose residues are taken from a row together.
 LARGEST_STRIDE = 4
-# Tiles of rows for which a copy of the columns that they read is worth making; elements between columns that cost more.
-FEWEST_READERS, WIDEST_GAP = 8, 256
+# Tiles of rows for which a copy of the columns that they read is worth making, and elements from one row of those to the next.
+FEWEST_READERS, WIDE_GAP = 8, 256
 # Bytes that the partial sums of one kernel may take.
 LARGEST_PARTIAL = 4 * 2**20
 # Rows read at once by a transposed copy: a small map's rows are a power of two apart, and no cache keeps more than 8 such.
@@ -269,7 +269,7 @@ def _bring_strip(sch: Schedule, block: Block, shape: Tile, at: LoopRV) -> None:
     rows = [axis for axis, _ in shape.rows]
     for i, read in enumerate(block.reads):
         gap = read.strides[summed]
-        if read.strides[shape.axis] == 1 and gap is not None and gap >= WIDEST_GAP and all(read.strides[a] == 0 for a in rows):
+        if read.strides[shape.axis] == 1 and gap is not None and gap >= WIDE_GAP and all(read.strides[a] == 0 for a in rows):
             copy = sch.cache_read(sch.get_sblock(block.name), i, "global")
             _as_lines(sch, copy, [int(d) for d in read.buffer.shape], block.extents[shape.axis])
             sch.compute_at(copy, at)
