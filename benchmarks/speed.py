@@ -3,7 +3,8 @@
     python benchmarks/speed.py [--rows SUBSTRING] [-o results.json]
 
 Each row is a ``tvmtrain bench``: contestants in processes of their own, in turns; same weights, batch and trained parameters, SGD.
-Filtered gradients and shares of channels cannot be told to PyTorch, which trains the same layers whole. Weights are random; each
+Filtered gradients and shares of channels cannot be told to PyTorch, which trains the same layers whole, or, where the row says so,
+the whole network. Weights are random; each
 BatchNorm's running statistics are those of the batch, so that activations are of the size that training leaves.
 """
 
@@ -83,12 +84,16 @@ def sparse_last4() -> UpdatePlan:
 
 @dataclass(frozen=True)
 class Row:
-    """factory: a function of this file. training: the mode of BatchNorm. plan: what is trained; None: everything."""
+    """factory: a function of this file. training: the mode of BatchNorm. plan: what is trained; None: everything.
+
+    rival_trains_all: PyTorch trains the whole network, whatever the plan says.
+    """
 
     name: str
     factory: str
     training: bool = False
     plan: UpdatePlan | None = None
+    rival_trains_all: bool = False
 
 
 ROWS = (
@@ -97,6 +102,14 @@ ROWS = (
     Row("MobileNetV2-0.35, 128 px, batch 1, all", "small_mobilenetv2"),
     Row("MobileNetV2-1.0, 224 px, batch 8, last 4, filtered 2x2", "mobilenetv2_224", plan=filtered_last4()),
     Row("MobileNetV2-1.0, 224 px, batch 8, last 4, a quarter of the channels", "mobilenetv2_224", plan=sparse_last4()),
+    Row("MobileNetV2-1.0, 224 px, batch 8, filtered 2x2 against all", "mobilenetv2_224", False, filtered_last4(), True),
+    Row(
+        "MobileNetV2-1.0, 224 px, batch 8, a quarter of the channels against all",
+        "mobilenetv2_224",
+        False,
+        sparse_last4(),
+        True,
+    ),
     Row("ResNet-18, 128 px, batch 8, all", "resnet18"),
 )
 
@@ -136,7 +149,7 @@ def run(rows: Iterable[Row], settings: bench.Settings, out: Console) -> dict[str
     for row in rows:
         out.line(f"\n{row.name}", style="bold")
         with job(row) as what:
-            results[row.name] = bench.bench(what, settings, out)
+            results[row.name] = bench.bench(what, replace(settings, peers_train_all=row.rival_trains_all), out)
         bench.show(results[row.name], out)
     return results
 

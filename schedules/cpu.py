@@ -3,11 +3,12 @@
 ``schedule`` first inlines what is cheap, then gives each block of a PrimFunc the first of these that fits it:
 
 1. side_by_side: a product over channels of maps that are no whole vectors. Some filters' results for all places stay in the cache.
-2. tile: a reduction whose results lie side by side (convolutions, matrix products, column sums). A tile of results stays in
+2. pooled: sums of rows of a map of which others take sums of neighbours (patches). A row at a time stays in the cache.
+3. tile: a reduction whose results lie side by side (convolutions, matrix products, column sums). A tile of results stays in
    registers while the reduction runs; what is computed from the results is written at once.
-3. lanes: a reduction along memory (row sums, softmax). Each lane of a vector has a partial sum.
-4. interleave: another formula for each residue of a place modulo a stride. All residues of a row in one loop.
-5. sweep: one result for each place (elementwise, padding, copies).
+4. lanes: a reduction along memory (row sums, softmax). Each lane of a vector has a partial sum.
+5. interleave: another formula for each residue of a place modulo a stride. All residues of a row in one loop.
+6. sweep: one result for each place (elementwise, padding, copies).
 
 A template that does not fit a block is undone; the worst that can happen is a plain loop.
 """
@@ -28,6 +29,7 @@ from tvmtrain.schedules.decisions import DEFAULT, Decisions
 from tvmtrain.schedules.interleave import interleave, residues_together
 from tvmtrain.schedules.side_by_side import side_by_side
 from tvmtrain.schedules.tiles import (
+    LARGEST_TILE,
     PARALLEL,
     Tile,
     extent_of,
@@ -42,6 +44,8 @@ from tvmtrain.targets import Device
 
 # Multiplications to which the taps of a small kernel may be written out.
 LARGEST_TAPS = (128, 32, 512)
+# Tiles of rows for which a copy of the columns that they read is worth making, and elements from one row of those to the next.
+FEWEST_READERS, WIDE_GAP = 8, 256
 # Bytes that the partial sums of one kernel may take.
 LARGEST_PARTIAL = 4 * 2**20
 # Rows read at once by a transposed copy: a small map's rows are a power of two apart, and no cache keeps more than 8 such.
@@ -165,6 +169,8 @@ def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions) -> b
     shared, private = _share(sch, block, axes, counts, _cores(device, decisions)) if block.volume >= PARALLEL else (0, [])
     outer = _parallel(sch, outer, shared)
     copies = [copied for producer in private for copied in _bring(sch, producer, outer[0])]
+    if not private and decisions.order == 0 and len(outer) > len(shape.rows):
+        _bring_strip(sch, block, shape, outer[-1 - len(shape.rows)])
     _finish_in(sch, rv, epilogue, outer[-1] if outer else None, device)
     for copied in copies:
         fill_then_copy(sch, copied)
@@ -270,6 +276,29 @@ def _bring(sch: Schedule, producer: str, at: LoopRV) -> list[str]:
     return names
 
 
+def _bring_strip(sch: Schedule, block: Block, shape: Tile, at: LoopRV) -> None:
+    """A copy, without gaps, of the columns that all tiles of rows read in turn: gaps of a page each would miss in every cache."""
+    again = prod(block.extents[axis] // size for axis, size in shape.rows)
+    if len(block.reductions) != 1 or again < FEWEST_READERS:
+        return
+    (summed,) = block.reductions
+    rows = [axis for axis, _ in shape.rows]
+    for i, read in enumerate(block.reads):
+        gap = read.strides[summed]
+        if read.strides[shape.axis] == 1 and gap is not None and gap >= WIDE_GAP and all(read.strides[a] == 0 for a in rows):
+            copy = sch.cache_read(sch.get_sblock(block.name), i, "global")
+            _as_lines(sch, copy, [int(d) for d in read.buffer.shape], block.extents[shape.axis])
+            sch.compute_at(copy, at)
+
+
+def _as_lines(sch: Schedule, copy: SBlockRV, shape: Sequence[int], line: int) -> None:
+    """The rows and columns of a copied map become one axis, if it is this axis that is read."""
+    if len(shape) > 1 and shape[-1] < line == prod(shape[-2:]):
+        merge = IndexMap.from_func(lambda *i: [*i[:-2], i[-2] * shape[-1] + i[-1]], ndim=len(shape), index_dtype="int64")
+        sch.transform_layout(copy, ("write", 0), merge)
+        sch.transform_block_layout(copy, merge)
+
+
 # --- What follows a reduction -------------------------------------------------------------------------------------------------
 
 
@@ -318,6 +347,32 @@ def _finish_in(sch: Schedule, rv: SBlockRV, epilogue: SBlockRV | None, at: LoopR
         sch.set_scope(rv, 0, "local")
     if at is not None:
         leave_registers(sch, epilogue, at, device)
+
+
+# --- Sums over patches --------------------------------------------------------------------------------------------------------
+
+
+def pooled(sch: Schedule, block: Block, device: Device, decisions: Decisions) -> bool:
+    """Sums of a few rows, and of neighbours in them: row by row, so that what is read with gaps has just been made."""
+    rv = sch.get_sblock(block.name)
+    consumers = sch.get_consumers(rv)
+    reader = describe(sch, consumers[0]) if len(consumers) == 1 else None
+    last = len(block.extents) - 1
+    if reader is None or reader.reduction or block.reductions != (last,) or not _strided(reader, block):
+        return False
+    if block.extents[last] > LARGEST_TILE or block.write.strides[last - 1] != 1:
+        return False
+    *outer, at, _ = sch.get_loops(consumers[0])
+    sch.compute_at(rv, at)
+    if block.volume >= PARALLEL:
+        _parallel(sch, outer, _shared_prefix([extent_of(sch, loop) for loop in outer], _cores(device, decisions)))
+    *_, place, row = sch.get_loops(rv)
+    place, lane = sch.split(place, factors=[None, lanes_of(block.extents[last - 1], device) or 1])
+    sch.reorder(place, row, lane)
+    sch.vectorize(lane)
+    sch.unroll(row)
+    sch.decompose_reduction(rv, row)
+    return True
 
 
 # --- Reductions along memory --------------------------------------------------------------------------------------------------
@@ -429,5 +484,5 @@ def _chunks(size: int, width: int, outside: int, device: Device) -> int:
 
 
 # What the template of a reduction is chosen from, in this order, and that of what has none.
-REDUCTIONS: tuple[Template, ...] = (side_by_side, tile, lanes, sweep)
+REDUCTIONS: tuple[Template, ...] = (side_by_side, pooled, tile, lanes, sweep)
 PLAIN: tuple[Template, ...] = (interleave, sweep)

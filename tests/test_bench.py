@@ -21,6 +21,7 @@ from tvmtrain.errors import BusyMachineError, InputError
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import speed
+import threads
 
 # PyTorch cannot run it with channels last.
 NETWORK = textwrap.dedent("""
@@ -94,7 +95,7 @@ def test_a_comparison_goes_on_without_those_who_fail(model, capsys, tmp_path):
 )
 def test_a_process_that_dies_is_a_contestant_that_fails(does, said, monkeypatch):
     monkeypatch.setattr(bench, "START", f"import os, sys; {does}")
-    with bench._running(Order(OURS, "nowhere", 1), dict(os.environ)) as process:
+    with bench.running(Order(OURS, "nowhere", 1), dict(os.environ)) as process:
         assert isinstance(process.said, Failed)
         assert said in process.said.reason
 
@@ -198,7 +199,7 @@ def test_a_plan_is_not_compared_where_it_was_not_built(model, tmp_path, monkeypa
 
 def test_pytorch_gets_its_best_surroundings(monkeypatch, tmp_path):
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-    eager, ours = (bench._environment(name, 2, tmp_path) for name in ("eager", OURS))
+    eager, ours = (bench.environment(name, 2, tmp_path) for name in ("eager", OURS))
     assert bench.STRONGEST.items() <= eager.items()
     assert "OMP_WAIT_POLICY" not in eager
     assert (ours["TVM_NUM_THREADS"], ours["TVM_USE_RUNTIME_LIB"]) == ("2", "1")
@@ -216,11 +217,33 @@ def test_memory_is_what_a_step_adds():
     assert Order(OURS, "folder", 1).job is None
 
 
+def test_peers_may_train_more_than_a_plan(model, tmp_path):
+    (tmp_path / "plan.toml").write_text('[layers."2"]\nbias = false\n')
+    job = jobs.Job(model, plan=tmp_path / "plan.toml", optimizer=jobs.SGD(lr=1.0))
+    after = []
+    for everything in (False, True):
+        settings = Settings(1, 2, threads=1, peers=("eager",), anyway=True, peers_train_all=everything)
+        found = bench.bench(job, settings, Console(sys.stderr))
+        assert found.sound
+        ours, eager = found.contestants
+        after.append((ours.losses[1], eager.losses[1]))
+    assert after[0][1] == pytest.approx(after[0][0], rel=1e-4)
+    assert after[1][1] != pytest.approx(after[1][0], rel=1e-2), "other parameters have moved, too"
+
+
+def test_one_thread_and_two(model, capsys):
+    times = threads.measure(jobs.Job(model), (1, 2), Settings(1, 2, warmup=0, anyway=True))
+    assert min(times) > 0
+    threads.show({"network": {1: 3.0, 2: 2.0}}, (1, 2), Console())
+    assert capsys.readouterr().out.split()[-4:] == ["network", "3.00", "2.00", "1.50"]
+
+
 def test_rows_of_the_speed_table():
     assert [row.factory for row in speed.chosen("resnet")] == ["resnet18"]
     assert speed.chosen("") == speed.ROWS
-    assert len({row.name for row in speed.ROWS}) == len(speed.ROWS) == 6
+    assert len({row.name for row in speed.ROWS}) == len(speed.ROWS) == 8
     assert {row.factory for row in speed.ROWS} <= vars(speed).keys()
+    assert [row.plan is not None for row in speed.chosen("against all") if row.rival_trains_all] == [True, True]
     with speed.job(speed.ROWS[4]) as job:
         plan = jobs.UpdatePlan.from_toml(job.plan)
     assert [(u.weight, u.filter) for u in plan.layers.values()] == [(0.25, None)] * 4 + [(1.0, None)]

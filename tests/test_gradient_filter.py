@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import relax_cases
 import torch
 import tvm
 from hypothesis import HealthCheck, Phase, given, settings
@@ -22,7 +23,7 @@ from tvm.runtime.vm import VirtualMachine
 import tvmtrain as tt
 from tvmtrain import filtering, lowering, signature
 from tvmtrain.errors import PlanError
-from tvmtrain.oracle import Filtered, Geometry, filtered_gradients
+from tvmtrain.oracle import Filtered, Geometry, filtered_gradients, members
 from tvmtrain.passes.append_optimizer import AppendOptimizer
 from tvmtrain.passes.differentiate import Differentiate
 from tvmtrain.passes.gradient_filter import GradientFilter
@@ -247,6 +248,30 @@ def test_a_frozen_weight_filters_the_gradient_of_its_input_alone() -> None:
     mod = relax.transform.DeadCodeElimination()(mod)
     assert filtering.PATCH_SUM not in names(mod)
     close(run(mod, values)["x0"], expected(case, 0, values)[0], case)
+
+
+@pytest.mark.parametrize(
+    ("size", "patch"),
+    [
+        ((1, 1), (2, 2)),
+        ((5, 7), (2, 3)),
+        ((9, 30), (4, 4)),
+        ((64, 33), (3, 2)),
+        ((8, 300), (2, 16)),
+        ((7, 40), (1, 5)),
+        ((12, 9), (3, 1)),
+    ],
+)
+def test_patches_have_sums_and_means(size: tuple[int, int], patch: tuple[int, int]) -> None:
+    patches = filtering.of_output(size, patch)
+    x = np.random.default_rng(0).normal(size=(3, 5, *size)).astype("float32")
+    totals, means = relax_cases.run(
+        lambda v: relax.Tuple([f(v, patches) for f in (filtering.patch_sum, filtering.patch_mean)]), x
+    )
+    rows, columns = (members(n, r, p).numpy() for n, r, p in zip(size, patch, patches.places, strict=True))
+    wanted = np.einsum("ph,qw,nchw->ncpq", rows, columns, x)
+    close(totals, wanted, patches)
+    close(means, wanted / np.outer(rows.sum(1), columns.sum(1)), patches)
 
 
 def test_summed_patches_of_x_are_all_that_the_weight_gradient_reads() -> None:

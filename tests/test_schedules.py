@@ -15,7 +15,7 @@ from tvm import relax, tirx
 from tvm.relax import op as R
 from tvm.relax.op.grad import max_pool2d_backward
 
-from tvmtrain import lowering, operators, schedules, targets
+from tvmtrain import filtering, lowering, operators, schedules, targets
 
 rng = np.random.default_rng(0)
 
@@ -56,6 +56,7 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[tuple[int, 
     "matmul, one row": (R.matmul, np.matmul, ((1, 64), (64, 1000))),
     "matmul, batches": (R.matmul, np.matmul, ((2, 3, 197, 64), (2, 3, 64, 197))),
     "matmul, transposed": (lambda a, b: R.matmul(a, R.permute_dims(b)), lambda a, b: a @ b.T, ((64, 96), (160, 96))),
+    "matmul, wide": (R.matmul, np.matmul, ((96, 33), (33, 528))),
     "matmul, then more": (
         lambda a, b, c, d: R.add(R.nn.relu(R.add(R.matmul(a, b), c)), d),
         lambda a, b, c, d: np.maximum(a @ b + c, 0) + d,
@@ -117,6 +118,20 @@ def test_the_images_of_a_pointwise_convolution_are_rows_of_a_matrix() -> None:
     text = scheduled(lambda x, w: R.nn.conv2d(x, w), (2, 32, 28, 28), (64, 32, 1, 1))
     assert text.count("T.parallel") == 1
     assert "T.int64(784)" in text
+
+
+def test_columns_that_many_rows_read_are_copied_first() -> None:
+    text = scheduled(R.matmul, (64, 48), (48, 480))
+    assert text.count("T.parallel") == 1
+    assert "v1_global" in text
+    assert "v1_global" not in scheduled(R.matmul, (8, 48), (48, 480)), "too few tiles would read them"
+
+
+@pytest.mark.parametrize("size", [(24, 24), (23, 25)])
+def test_patches_are_summed_row_by_row(size: tuple[int, int]) -> None:
+    text = scheduled(lambda x: filtering.patch_mean(x, filtering.of_output(size, (4, 4))), (4, 16, *size))
+    assert text.count("T.parallel") == 1, "one pass over the map"
+    assert "T.vectorized(T.int64(8))" in text or size[1] % 8
 
 
 def test_depthwise_padding_stays_with_its_core() -> None:

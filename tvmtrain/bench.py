@@ -44,7 +44,8 @@ START = "from tvmtrain import contestant; contestant.main()"
 class Settings:
     """How to measure: in each of ``rounds``, ``warmup`` steps and then ``steps`` on the clock, with ``threads`` threads.
 
-    tolerance: of the first two losses, relative; anyway: measure on a busy machine, too.
+    tolerance: of the first two losses, relative; anyway: measure on a busy machine, too. peers_train_all: they train whatever has a
+    gradient in the model, and only ours what the plan says.
     """
 
     rounds: int = 3
@@ -54,6 +55,7 @@ class Settings:
     peers: tuple[str, ...] = PEERS
     tolerance: float = 1e-3
     anyway: bool = False
+    peers_train_all: bool = False
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.peers if name not in PEERS]:
@@ -254,7 +256,7 @@ class _Process:
 
 
 @contextmanager
-def _running(order: Order, environment: dict[str, str]) -> Iterator[_Process]:
+def running(order: Order, environment: dict[str, str]) -> Iterator[_Process]:
     """The process that has got ``order`` and answered it."""
     process = _Process(order.name, environment)
     try:
@@ -276,11 +278,11 @@ def _start_all(
         if job.plan is not None:
             # What the plan trains is known from the compiled step alone.
             return started, failed | dict.fromkeys(settings.peers, "the step that they are compared with was not built")
-    trained = built.trained if isinstance(built, Built) else None
+    trained = built.trained if isinstance(built, Built) and not settings.peers_train_all else None
     for name in settings.peers if OURS in failed else (OURS, *settings.peers):
         order = Order(name, str(folder / "out"), settings.threads, None if name == OURS else job, trained)
         with out.working(f"starting {name}"):
-            process = alive.enter_context(_running(order, _environment(name, settings.threads, folder)))
+            process = alive.enter_context(running(order, environment(name, settings.threads, folder)))
         if isinstance(process.said, Ready):
             process.ready = process.said
             process.seconds = _compiling(name, built, process.said)
@@ -294,7 +296,7 @@ def _start_all(
 def _build(job: Job, settings: Settings, folder: Path, out: Console) -> Built | Failed:
     """Compile in a process that ends: what it leaves in memory is no part of a step."""
     order = Order(BUILD, str(folder / "out"), settings.threads, job)
-    with out.working(f"compiling {job.model}"), _running(order, _environment(BUILD, settings.threads, folder)) as process:
+    with out.working(f"compiling {job.model}"), running(order, environment(BUILD, settings.threads, folder)) as process:
         return process.said
 
 
@@ -304,7 +306,8 @@ def _compiling(name: str, built: Built | Failed, ready: Ready) -> float | None:
     return ready.seconds if name.startswith("compile") else None
 
 
-def _environment(name: str, threads: int, folder: Path) -> dict[str, str]:
+def environment(name: str, threads: int, folder: Path) -> dict[str, str]:
+    """In which a contestant runs; ``folder`` is where it may keep what it compiles."""
     own = {key: value for key, value in os.environ.items() if key not in UNSET}
     if name == BUILD:
         return own | {"TVM_NUM_THREADS": str(threads)}
@@ -349,10 +352,11 @@ def _contestant(process: _Process, turns: Sequence[Taken]) -> Contestant:
 
 
 def _compared(found: Sequence[Contestant], settings: Settings) -> tuple[Contestant, ...]:
-    """Each with whether its losses are those of the first peer that has some."""
-    others = [c for c in found if c.losses is not None and c.name != OURS]
-    wanted = others[0].losses if others else None
-    return tuple(replace(c, same=_same(c.losses, wanted or c.losses, settings.tolerance)) for c in found)
+    """Each with whether its losses are those of the first peer that has some; the first alone where steps differ in what they train."""
+    count = 1 if settings.peers_train_all else 2
+    losses = {c.name: c.losses[:count] for c in found if c.losses is not None}
+    wanted = next((these for name, these in losses.items() if name != OURS), losses.get(OURS))
+    return tuple(replace(c, same=_same(losses.get(c.name), wanted, settings.tolerance)) for c in found)
 
 
 def _same(losses: Sequence[float] | None, wanted: Sequence[float] | None, tolerance: float) -> bool:

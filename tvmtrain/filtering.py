@@ -19,8 +19,10 @@ This file has the three operators, their kernels and the gradients; ``passes.gra
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,9 @@ PATCH_MEAN = "tvmtrain.patch_mean"
 UNPATCH = "tvmtrain.unpatch"
 
 Pair = tuple[int, int]  # rows, columns
+
+# Rows and columns of a patch up to which its sum is written out.
+LARGEST_WINDOW = 16
 
 
 # ---- patches of a map ----
@@ -210,7 +215,10 @@ def _pair(values: Sequence[Any]) -> Pair:
 # ---- kernels ----
 
 
-def _summed(x: te.Tensor, patches: Patches) -> te.Tensor:
+def _summed(x: te.Tensor, patches: Patches, by_rows: bool) -> te.Tensor:
+    across = patches.size[1]
+    if by_rows and 1 < across <= LARGEST_WINDOW and patches.size[0] <= LARGEST_WINDOW and patches.places[1] > 1:
+        return _summed_by_rows(x, patches)
     (down, across), (top, left), (height, width), (rows, columns) = patches.size, patches.before, patches.shape, patches.places
     i, j = te.reduce_axis((0, down), "i"), te.reduce_axis((0, across), "j")
     inside = (top, left) == (0, 0) and rows * down <= height and columns * across <= width
@@ -225,9 +233,35 @@ def _summed(x: te.Tensor, patches: Patches) -> te.Tensor:
     return te.compute((*x.shape[:2], rows, columns), place, name="patch_sum")
 
 
-def _averaged(x: te.Tensor, patches: Patches) -> te.Tensor:
+def _summed_by_rows(x: te.Tensor, patches: Patches) -> te.Tensor:
+    """First the rows of a patch, whole rows at a time; then neighbours of what that gives (``schedules.pooled``)."""
+    (down, across), (top, left), (height, width), (places, columns) = (
+        patches.size,
+        patches.before,
+        patches.shape,
+        patches.places,
+    )
+    i = te.reduce_axis((0, down), "i")
+
+    def inside(value: tirx.PrimExpr, at: tirx.PrimExpr, extent: int, covered: int) -> tirx.PrimExpr:
+        return value if covered == extent else tirx.if_then_else(tirx.all(at >= 0, at < extent), value, tirx.const(0, x.dtype))
+
+    def row(n: tirx.Var, c: tirx.Var, p: tirx.Var, v: tirx.Var) -> tirx.PrimExpr:
+        y = p * down + i - top
+        return te.sum(inside(x[n, c, y, v], y, height, places * down), axis=[i])
+
+    rows = te.compute((*x.shape[:2], places, width), row, name="patch_rows")
+
+    def place(n: tirx.Var, c: tirx.Var, p: tirx.Var, q: tirx.Var) -> tirx.PrimExpr:
+        at = [q * across + j - left for j in range(across)]
+        return reduce(operator.add, [inside(rows[n, c, p, v], v, width, columns * across) for v in at])
+
+    return te.compute((*x.shape[:2], places, columns), place, name="patch_sum")
+
+
+def _averaged(x: te.Tensor, patches: Patches, by_rows: bool) -> te.Tensor:
     (down, across), (top, left), (height, width), _ = patches.size, patches.before, patches.shape, patches.places
-    total = _summed(x, patches)
+    total = _summed(x, patches, by_rows)
     counts = patches.counts()
     if counts.min() == counts.max():
         share = tirx.const(1 / int(counts.max()), x.dtype)
@@ -253,6 +287,16 @@ def _legalize(kernel: Any, hint: str) -> Any:
     return lambda bb, call: bb.call_te(lambda x: kernel(x, patches_of(call)), call.args[0], primfunc_name_hint=hint)
 
 
-register_legalize(PATCH_SUM, _legalize(_summed, "patch_sum"))
-register_legalize(PATCH_MEAN, _legalize(_averaged, "patch_mean"))
+def _pooling(by_rows: bool) -> dict[str, Any]:
+    return {
+        PATCH_SUM: _legalize(partial(_summed, by_rows=by_rows), "patch_sum"),
+        PATCH_MEAN: _legalize(partial(_averaged, by_rows=by_rows), "patch_mean"),
+    }
+
+
+for _name, _rule in _pooling(by_rows=True).items():
+    register_legalize(_name, _rule)
 register_legalize(UNPATCH, _legalize(_spread, "unpatch"))
+
+# On GPUs each thread reads its patch: sums of rows would be a kernel of their own.
+FOR_GPUS = _pooling(by_rows=False)

@@ -47,6 +47,8 @@ DEEPEST, MOST_LAYERS = 2560, 8
 LARGEST_FORMULA = 49
 # Places of a map from which gathering what its taps read costs more than it saves.
 SMALL_MAP = 16 * ROW
+# Places of a map from which whole tiles of vectors cost little more than they save, and places of such a tile.
+WIDE_MAP, TILES = 2 * SMALL_MAP, 6 * ROW
 # Relax registers its own kernels at level 10; ours must win.
 OVERRIDE = 11
 
@@ -100,6 +102,8 @@ def _mix_channels(x: te.Tensor, weight: Callable, outputs: int, name: str, gathe
     """y[n, o, y, x] = sum over c of weight(o, c) * x[n, c, y, x]; gather: small maps side by side."""
     batch, channels, height, width = shape_of(x)
     area, c = height * width, te.reduce_axis((0, channels), "c")
+    if gather and area % ROW and area >= WIDE_MAP:
+        return _mix_lines(x, weight, outputs, name)
     if area % ROW == 0 or not gather:
         product = te.compute(
             (batch, outputs, area), lambda n, o, j: te.sum(weight(o, c) * x[n, c, j // width, j % width], axis=[c]), name=name
@@ -111,6 +115,20 @@ def _mix_channels(x: te.Tensor, weight: Callable, outputs: int, name: str, gathe
     return _mix_taps(
         lambda n, c, y, v, *_: x[n, c, y, v], lambda o, c, *_: weight(o, c), shape, (channels, 1, 1), x.dtype, name
     )
+
+
+def _mix_lines(x: te.Tensor, weight: Callable, outputs: int, name: str) -> te.Tensor:
+    """y, each map as one line with a few zeros after it."""
+    batch, channels, height, width = _shape(x)
+    area, c = height * width, te.reduce_axis((0, channels), "c")
+    whole = -(-area // TILES) * TILES
+
+    def padded(n: Any, c: Any, j: Any) -> Any:
+        return tirx.if_then_else(j < area, x[n, c, j // width, j % width], _zero(x))
+
+    lines = te.compute((batch, channels, whole), padded, name="lines")
+    product = te.compute((batch, outputs, whole), lambda n, o, j: te.sum(weight(o, c) * lines[n, c, j], axis=[c]), name=name)
+    return te.compute((batch, outputs, height, width), lambda n, o, h, v: product[n, o, h * width + v], name=f"{name}_map")
 
 
 def _gathers(conv: _Conv, height: int, width: int) -> bool:

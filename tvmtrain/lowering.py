@@ -47,7 +47,7 @@ def schedule(mod: tvm.IRModule, device: Device, *, tuned: bool = True) -> tvm.IR
 def _legalize(device: Device) -> list[tvm.ir.transform.Pass]:
     if device.gpu is None:
         return [relax.backend.DispatchSortScan(), relax.transform.LegalizeOps(norm_kernels.legalization(device))]
-    return [relax.transform.LegalizeOps(kernels.FOR_GPUS | pool_kernels.FOR_GPUS)]
+    return [relax.transform.LegalizeOps(kernels.FOR_GPUS | pool_kernels.FOR_GPUS | filtering.FOR_GPUS)]
 
 
 def plan(mod: tvm.IRModule) -> tvm.IRModule:
