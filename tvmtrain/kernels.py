@@ -119,12 +119,12 @@ def _mix_channels(x: te.Tensor, weight: Callable, outputs: int, name: str, gathe
 
 def _mix_lines(x: te.Tensor, weight: Callable, outputs: int, name: str) -> te.Tensor:
     """y, each map as one line with a few zeros after it."""
-    batch, channels, height, width = _shape(x)
+    batch, channels, height, width = shape_of(x)
     area, c = height * width, te.reduce_axis((0, channels), "c")
     whole = -(-area // TILES) * TILES
 
     def padded(n: Any, c: Any, j: Any) -> Any:
-        return tirx.if_then_else(j < area, x[n, c, j // width, j % width], _zero(x))
+        return tirx.if_then_else(j < area, x[n, c, j // width, j % width], zero(x))
 
     lines = te.compute((batch, channels, whole), padded, name="lines")
     product = te.compute((batch, outputs, whole), lambda n, o, j: te.sum(weight(o, c) * lines[n, c, j], axis=[c]), name=name)

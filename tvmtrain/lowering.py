@@ -9,7 +9,7 @@ from tvm.runtime import Executable
 from tvm.target import Target
 
 # Importing the kernels registers them.
-from tvmtrain import codegen, filtering, kernels, norm_kernels, pool_kernels, schedules  # noqa: F401
+from tvmtrain import codegen, filtering, kernels, norm_kernels, pool_kernels, schedules
 from tvmtrain.passes.order import OrderForMemory
 from tvmtrain.passes.plan_arena import PlanArena
 from tvmtrain.passes.share_workspace import ShareWorkspace, place_buffers
