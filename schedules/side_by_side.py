@@ -51,7 +51,9 @@ def side_by_side(sch: Schedule, block: Block, device: Device, decisions: Decisio
     if layers.reduction:
         _add_layers(sch, layers, part)
     finish_at(sch, maps, part)
-    packed = next(p for p in sch.get_producers(rv) if sch.get(p).name_hint.startswith("packed"))
+    packed = next((p for p in sch.get_producers(rv) if sch.get(p).name_hint.startswith("packed")), None)
+    if packed is None:
+        return False
     _gather(sch, known(sch, packed), shape.columns * shape.lanes, block.volume >= PARALLEL)
     for loop in (row, column):
         sch.unroll(loop)
