@@ -206,6 +206,8 @@ def test_a_search_finds_keeps_and_goes_on(folder: Path, monkeypatch: pytest.Monk
     assert {k.kernel for k in first.kernels} == {key for key, chosen in tried if chosen == astuple(DEFAULT)}
     assert all(k.us > 0 and k.default_us > 0 and k.share > 0 for k in first.kernels)
     assert targets.tomllib.loads((folder / records.ORIGIN).read_text())["command"] == "a test"
+    assert first.steps is not None
+    assert first.steps.untuned > 0 < first.steps.tuned
 
     second = search(6)
     assert second.trials == len(lines(folder)) == 22, "earlier trials count, and six came to them"

@@ -27,6 +27,8 @@ from tvmtrain import builder, lowering, roofline, runtime, targets, workload
 from tvmtrain.console import Console, percent
 from tvmtrain.errors import DeviceError, StorageError
 from tvmtrain.graph import TrainGraph
+from tvmtrain.profile import random_batch
+from tvmtrain.runtime import TrainStep
 from tvmtrain.schedules import cpu, records
 from tvmtrain.schedules.blocks import FAILURES
 from tvmtrain.schedules.decisions import DEFAULT, OPTIONS, Decisions
@@ -42,6 +44,8 @@ WORTH = 0.001
 FASTER, TURNS = 0.97, 5
 # Share of the time that is left for comparing at the end.
 COMPARING = 0.1
+# Turns of whole steps, and steps in a turn.
+STEPS, IN_A_ROW = 12, 4
 SHOWN = 16
 
 
@@ -129,10 +133,19 @@ class Tuned:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """Milliseconds of a whole training step, untuned and tuned, in turns: medians."""
+
+    untuned: float
+    tuned: float
+
+
+@dataclass(frozen=True)
 class Result:
     """A search; kernels: those that take longest first.
 
-    before, after: milliseconds of these kernels in a step, with the defaults and with what was found.
+    before, after: milliseconds of these kernels in a step, each timed alone, with the defaults and with what was found.
+    steps: what it comes to; None where nothing was found or the search was interrupted.
     """
 
     folder: str
@@ -144,6 +157,7 @@ class Result:
     before: float
     after: float
     kernels: tuple[Tuned, ...]
+    steps: Steps | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -173,9 +187,9 @@ def tune(graph: TrainGraph, device: str | Device, settings: Settings, out: Conso
         until = started + 60 * settings.minutes * (1 - COMPARING)
         finished = _search(searches, watch, Log(file), _Limits(until, settings.trials, settings.seed), out)
         kernels = _compare(searches, watch, out)
-    folder_written = _keep(device, kernels, command)
+    kept = _keep(device, kernels, command)
     return Result(
-        folder=str(folder_written),
+        folder=str(kept),
         device=device.name,
         seconds=time.monotonic() - started,
         trials=sum(len(s.times) for s in searches),
@@ -184,6 +198,7 @@ def tune(graph: TrainGraph, device: str | Device, settings: Settings, out: Conso
         before=sum(k.calls * k.default_us for k in kernels) / 1e3,
         after=sum(k.calls * k.us for k in kernels) / 1e3,
         kernels=tuple(kernels),
+        steps=_steps(graph, device, out) if finished and any(k.us < k.default_us for k in kernels) else None,
     )
 
 
@@ -380,6 +395,32 @@ def _compared(search: Search, watch: Stopwatch) -> tuple[float, float, Decisions
     return (before, after, Decisions(*chosen)) if after < FASTER * before else (before, before, DEFAULT)
 
 
+def _steps(graph: TrainGraph, device: Device, out: Console) -> Steps:
+    """The step with the records and without, in one process."""
+    with out.working("compiling the step, tuned and untuned"):
+        artifacts = [builder.build(graph, device, tuned=tuned) for tuned in (False, True)]
+    steps = [artifact.load() for artifact in artifacts]
+    x, y = random_batch(artifacts[0].manifest)
+    times: tuple[list[float], list[float]] = ([], [])
+    with out.progress("comparing the steps", STEPS) as bar:
+        for _ in range(STEPS):
+            for step, found in zip(steps, times, strict=True):
+                found += _timed(step, x, y)
+            bar.advance(1, f"{times[1][-1]:.2f} ms")
+    untuned, tuned = (statistics.median(found) for found in times)
+    return Steps(untuned, tuned)
+
+
+def _timed(step: TrainStep, x: Any, y: Any) -> list[float]:
+    """Milliseconds of the later ones of some steps in a row: the first finds the other's data in the caches."""
+    found = []
+    for _ in range(IN_A_ROW):
+        start = time.perf_counter()
+        step(x, y, lr=0.0)
+        found.append(1e3 * (time.perf_counter() - start))
+    return found[1:]
+
+
 def _tuned(search: Search, before: float, after: float, chosen: Decisions) -> Tuned:
     task = search.task
     return Tuned(
@@ -435,4 +476,7 @@ def show(result: Result, out: Console) -> None:
     if result.kernels:
         gain = f"{result.before:.2f} -> {result.after:.2f} ms a step, {result.before / result.after:.2f}x"
         out.line(f"{changed} of {len(result.kernels)} kernels have a record; together {gain}", "bold")
+    if result.steps is not None:
+        before, after = result.steps.untuned, result.steps.tuned
+        out.line(f"a whole step, in turns: {before:.2f} ms untuned, {after:.2f} ms tuned, {before / after:.2f}x", "bold")
     out.line(f"records: {result.folder}; every build for {result.device} uses them")
