@@ -112,10 +112,12 @@ def _read(path: Path, _written: int) -> tuple[dict[str, Any], tuple[Record, ...]
 
 def _parse(line: str) -> Record:
     values = json.loads(line)
-    chosen = values.pop("decisions")
-    if not valid(chosen):
-        raise ValueError(f"decisions: got {chosen}, wanted numbers below {OPTIONS}")
-    return Record(decisions=Decisions(*chosen), **values)
+    kinds = {"kernel": str, "name": str, "decisions": list, "us": float, "default_us": float, "trials": int}
+    if not isinstance(values, dict) or {name: type(value) for name, value in values.items()} != kinds:
+        raise ValueError(f"got {line[:60]!r}, wanted a record with {', '.join(kinds)}")
+    if not valid(values["decisions"]):
+        raise ValueError(f"decisions: got {values['decisions']}, wanted numbers below {OPTIONS}")
+    return Record(**values | {"decisions": Decisions(*values["decisions"])})
 
 
 def save(device: Device, records: Iterable[Record], about: dict[str, Any]) -> Path:

@@ -47,6 +47,8 @@ LONG = (
     "test_module_program_and_file_are_the_same[False]",
     *(f"test_results_of_any_kind[{kind}]" for kind in ("tuple", "list", "dict")),
     "test_a_trained_batchnorm_keeps_one_tensor[silu]",
+    "test_network_with_batch_statistics_in_double_precision[resnet]",
+    *(f"test_files_are_the_published_plans_and_fit_their_models[{name}]" for name in ("mcu_mobilenetv2", "mobilenetv2")),
     *(f"test_the_same_bits_as_without_these_passes[{name}]" for name in ("sgd", "adam")),
     *(f"test_a_loss_that_is_not_finite_leaves_every_bit[{name}]" for name in ("sgd", "adam")),
 )

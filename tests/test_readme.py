@@ -61,12 +61,19 @@ def test_the_shell_block_runs(tmp_path: Path) -> None:
         images = random.integers(0, 256, (9, 8, 8, 3), dtype=np.uint8)
         np.savez(tmp_path / f"{name}.npz", x=images, y=random.integers(0, 10, 9))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    assert len(commands()) == 7
+    assert len(commands()) == 8
     for command in commands():
         if command.startswith("tvmtrain bench"):  # as it is, it takes minutes of a machine that does nothing else
             command = command.partition("#")[0] + "--anyway --peers eager --rounds 1 --steps 2"
+        if command.startswith("tvmtrain tune"):
+            command = command.partition("#")[0] + "--trials 3"
         done = subprocess.run(
-            command, shell=True, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True
+            command,
+            shell=True,
+            cwd=tmp_path,
+            env={**os.environ, "PATH": path, "TVMTRAIN_RECORDS": str(tmp_path / "records")},
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     assert (tmp_path / "now.safetensors").is_file()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -198,21 +200,20 @@ def losses(tuned: bool) -> list[float]:
 
 def test_a_search_finds_keeps_and_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuner, "FASTER", 2.0)  # let any other decision be a record: what is tested is that builds use it
-    first = search()
-    assert first.trials == len(lines(folder)) == 16
+    first = search(30)
+    assert first.trials == len(lines(folder)) == 30
     assert not first.interrupted
     tried = {(t.kernel, t.decisions) for t in lines(folder)}
-    assert len(tried) == 16, "nothing is tried twice"
+    assert len(tried) == 30, "nothing is tried twice"
     assert {k.kernel for k in first.kernels} == {key for key, chosen in tried if chosen == astuple(DEFAULT)}
     assert all(k.us > 0 and k.default_us > 0 and k.share > 0 for k in first.kernels)
     assert targets.tomllib.loads((folder / records.ORIGIN).read_text())["command"] == "a test"
-    assert first.steps is not None
-    assert first.steps.untuned > 0 < first.steps.tuned
-
     second = search(6)
-    assert second.trials == len(lines(folder)) == 22, "earlier trials count, and six came to them"
+    assert second.trials == len(lines(folder)) == 36, "earlier trials count, and six came to them"
     known = records.load(targets.load("host")).by_kernel
     assert known
+    assert second.steps is not None
+    assert second.steps.untuned > 0 < second.steps.tuned
     assert {k.kernel for k in second.kernels if k.decisions != astuple(DEFAULT)} == set(known)
 
     seen = []
@@ -249,33 +250,98 @@ def test_a_kernel_that_crashes_is_a_failed_trial(folder: Path, tmp_path: Path) -
 
 def test_an_interrupt_keeps_what_was_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuner, "FASTER", 2.0)
-    whole, calls = trials.Stopwatch.time, []
+    whole, calls = trials.Stopwatch.run, []
 
-    def time(self, candidates):
-        calls.append(len(candidates))
-        if len(calls) == 3:
+    def run(self, candidate, built):
+        calls.append(candidate)
+        if len(calls) == 15:
             raise KeyboardInterrupt
-        return whole(self, candidates)
+        return whole(self, candidate, built)
 
-    monkeypatch.setattr(trials.Stopwatch, "time", time)
+    monkeypatch.setattr(trials.Stopwatch, "run", run)
     result = search(500)
     assert result.interrupted
-    assert result.trials == len(lines(folder)) == sum(calls[:2])
+    assert result.steps is None
+    assert result.trials == len(lines(folder)) == 14, "in the middle of a round"
     assert (folder / records.RECORDS).is_file()
+
+
+def test_a_worker_that_died_is_replaced(folder: Path, tmp_path: Path) -> None:
+    task = tuner.find_tasks(graph(), targets.load("host"))[0]
+    others = set(psutil.Process().children())
+    watch = trials.Stopwatch(targets.load("host"), 1, tmp_path)
+    candidate = watch.candidate(task, DEFAULT)
+    (built,) = watch.compile([candidate])
+    assert watch.run(candidate, built).us > 0
+    (worker,) = set(psutil.Process().children()) - others
+    worker.send_signal(signal.SIGINT)  # as a terminal does to all it runs
+    assert watch.run(candidate, built).us > 0, "an interrupt is not for the worker"
+    worker.kill()
+    assert watch.run(candidate, built).us is None
+    assert watch.run(candidate, built).us > 0
+
+
+def test_the_cost_model_learns_and_is_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    whole = ms.cost_model.XGBModel.predict
+
+    def predict(self, context, candidates):
+        asked.append(scores := whole(self, context, candidates))
+        return scores
+
+    monkeypatch.setattr(trials, "LEARNED", 6)
+    monkeypatch.setattr(ms.cost_model.XGBModel, "predict", predict)
+    assert search(36).failed == 0
+    assert asked
+    assert all(np.isfinite(scores).all() and len(scores) > tuner.ROUND for scores in asked)
+
+
+def test_a_record_that_nothing_speaks_against_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = targets.load("host")
+    task = max(tuner.find_tasks(graph(), device), key=lambda t: t.flops)
+    chosen = Decisions(tile=3, order=1)
+    records.save(device, [Record(task.key, task.name, chosen, 1.0, 2.0, 5), record()], {})
+    search(20)
+    assert (task.key, astuple(chosen)) in {(t.kernel, t.decisions) for t in lines(folder)}, "it is tried again"
+    assert record().kernel in records.load(device).by_kernel, "another network's"
+
+
+def test_a_failure_is_tried_again(folder: Path) -> None:
+    search(8)
+    (path,) = folder.glob("trials-*.jsonl")
+    path.write_text("".join(f"{json.dumps(asdict(t) | {'us': None, 'error': 'disk full'})}\n" for t in lines(folder)))
+    again = search(8)
+    assert again.failed == 0
+    assert again.error is None
+    assert again.kernels
 
 
 def test_a_log_that_was_cut_short_is_read_to_there(tmp_path: Path) -> None:
     path = tmp_path / "trials.jsonl"
     assert list(trials.read_log(path)) == []
-    good = trials.Trial("k", (0, 1, 2, 0, 1), 3.5)
-    bad = json.dumps(asdict(good) | {"decisions": [0, 1, 2, 0, 99]})
-    path.write_text(f"{json.dumps(asdict(good))}\n{bad}\nnull\n" + '{"kernel": "k", "deci')
+    good = trials.Trial("k", (0, 1, 2, 0, 1), "f", 3.5)
+    bad = [
+        {"decisions": [0, 1, 2, 0, 99]},
+        {"decisions": [0, 1, 2, 0, 0.9]},
+        {"us": -1.0},
+        {"us": float("nan")},
+        {"us": "3"},
+        {"kernel": 3},
+    ]
+    text = [json.dumps(asdict(good) | change) for change in ({}, *bad)]
+    path.write_text("\n".join([*text, "null", '{"kernel": "k", "deci']))
     assert list(trials.read_log(path)) == [good]
+    with path.open("a") as file:
+        trials.Log(file).write(good)
+    assert list(trials.read_log(path)) == [good, good], "what comes after a cut line is not lost"
 
 
 def test_where_nothing_can_be_timed_or_written(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="the GPU sm_87; kernels are timed on the processor at hand"):
         tuner.tune(graph(), "jetson-orin-nano", tuner.Settings(), Console())
+    other = replace(targets.load("host"), name="board", target={"kind": "llvm", "mcpu": "no-such-core"})
+    with pytest.raises(DeviceError, match=r"'board' has \d+ cores of no-such-core, and this machine \d+ of "):
+        tuner.tune(graph(), other, tuner.Settings(), Console())
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(records.VARIABLE, str(tmp_path / "file"))
     with pytest.raises(StorageError, match="set TVMTRAIN_RECORDS to a folder that can be written"):

@@ -55,12 +55,12 @@ def _compile(mod: tvm.IRModule, target: Target) -> Executable:
 def _side_by_side(parts: Sequence[tvm.IRModule], target: Target) -> list[Module]:
     """Each part as an object file to be linked. TVM's compiler lets go of Python's lock, and LLVM's state is each part's own."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        return list(threads.map(lambda part: _object(part, target, Path(folder)), parts))
+        paths = [str(Path(folder) / f"{i}.o") for i in range(len(parts))]
+        return list(threads.map(_object, parts, [target] * len(parts), paths))
 
 
-def _object(part: tvm.IRModule, target: Target, folder: Path) -> Module:
+def _object(part: tvm.IRModule, target: Target, path: str) -> Module:
     names = [name.name_hint for name in part.get_global_vars()]
-    path = str(folder / f"{names[0]}.o")
     with PassContext(opt_level=3, config=UNCHECKED):
         tirx.build(part, target=target, pipeline=registers.PIPELINE).write_to_file(path)
     return load_static_library(path, names)

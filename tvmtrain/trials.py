@@ -7,16 +7,18 @@ worker that lives as long as the search, and is started anew where a kernel cras
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass
-from functools import cache
+from dataclasses import asdict, astuple, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import TextIO
@@ -29,7 +31,7 @@ from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.meta_schedule.arg_info import ArgInfo
 from tvm.target import Target
 
-from tvmtrain import registers
+from tvmtrain import registers, runtime
 from tvmtrain.codegen import UNCHECKED
 from tvmtrain.schedules import cpu, decisions, records
 from tvmtrain.schedules.decisions import Decisions
@@ -59,10 +61,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Trial:
-    """us: microseconds of a call, the median of some; None where it could not be compiled or run, and ``error`` says why."""
+    """us: microseconds of a call, the median of some; None where it could not be compiled or run, and ``error`` says why.
+
+    form: of the candidate, equal for schedules that came out equal.
+    """
 
     kernel: str
     decisions: tuple[int, ...]
+    form: str
     us: float | None
     error: str | None = None
 
@@ -82,9 +88,8 @@ class Stopwatch:
 
     def __init__(self, device: Device, threads: int, folder: Path) -> None:
         self.device, self.folder, self.target = device, folder, Target(dict(device.target))
-        # The worker reads its number of threads here when it starts.
-        os.environ["TVM_NUM_THREADS"] = str(threads)
-        self.runner = ms.runner.LocalRunner(timeout_sec=TIMEOUT, evaluator_config=CLOCK)
+        begin = partial(_begin, threads)
+        self.runner = ms.runner.LocalRunner(timeout_sec=TIMEOUT, evaluator_config=CLOCK, initializer=begin)
         # More threads would spin while kernels are compiled: five times slower.
         self.model = ms.cost_model.XGBModel(num_warmup_samples=LEARNED, early_stopping_rounds=10, num_tuning_cores=1)
         self.contexts: dict[str, ms.TuneContext] = {}
@@ -105,25 +110,26 @@ class Stopwatch:
         ranked = sorted(range(len(candidates)), key=lambda i: -float(scores[i]))
         return [candidates[i] for i in ranked[:count]]
 
-    def time(self, candidates: Sequence[Candidate]) -> list[Trial]:
+    def time(self, candidates: Sequence[Candidate]) -> Iterator[Trial]:
         """One trial for each, in the same order."""
-        return [self.run(c, built) for c, built in zip(candidates, self.compile(candidates), strict=True)]
+        for candidate, built in zip(candidates, self.compile(candidates), strict=True):
+            yield self.run(candidate, built)
 
     def learn(self, candidates: Sequence[Candidate], trials: Sequence[Trial]) -> None:
         """Tell the cost model how some candidates of one task compare; it thinks about them when there are many."""
         self.pending.append((candidates, trials))
         waiting = sum(len(some) for some, _ in self.pending)
         if waiting >= max(LEARNED, self.learned // 4):
-            for some, theirs in self.pending:
-                self._teach(some, theirs)
+            self.learned += sum(self._teach(some, theirs) for some, theirs in self.pending)
             self.pending.clear()
-            self.learned += waiting
 
-    def _teach(self, candidates: Sequence[Candidate], trials: Sequence[Trial]) -> None:
+    def _teach(self, candidates: Sequence[Candidate], trials: Sequence[Trial]) -> int:
+        """How many of them there was something to learn from."""
         ran = [(c.measured, t.us) for c, t in zip(candidates, trials, strict=True) if t.us is not None]
         if len(ran) > 1:
             results = [ms.runner.RunnerResult([us / 1e6], None) for _, us in ran]
             self.model.update(self._context(candidates[0].task), [measured for measured, _ in ran], results)
+        return len(ran)
 
     def compile(self, candidates: Sequence[Candidate]) -> list[Path | str]:
         """For each the path of its library, or why there is none."""
@@ -142,19 +148,15 @@ class Stopwatch:
 
     def run(self, candidate: Candidate, built: Path | str) -> Trial:
         """Time a compiled candidate once."""
-        chosen = astuple(candidate.decisions)
+        what = candidate.task.key, astuple(candidate.decisions), candidate.form
         if isinstance(built, str):
-            return Trial(candidate.task.key, chosen, None, built)
+            return Trial(*what, None, built)
         (future,) = self.runner.run([ms.runner.RunnerInput(str(built), "cpu", candidate.measured.args_info)])
         result = future.result()
         if result.error_msg is not None:
-            return Trial(candidate.task.key, chosen, None, str(result.error_msg))
+            return Trial(*what, None, str(result.error_msg))
         seconds = statistics.median(map(float, result.run_secs))
-        return (
-            Trial(candidate.task.key, chosen, 1e6 * seconds)
-            if 0 < seconds < FAILED
-            else Trial(candidate.task.key, chosen, None, "no time")
-        )
+        return Trial(*what, 1e6 * seconds) if 0 < seconds < FAILED else Trial(*what, None, f"run_secs: {seconds}")
 
     def _context(self, task: Task) -> ms.TuneContext:
         """MetaSchedule's view of a task: its space is what the templates make of it, with decisions drawn."""
@@ -168,6 +170,12 @@ class Stopwatch:
 
     def _space(self, sch: Schedule) -> Schedule:
         return cpu.decided(sch, self.device, decisions.sample(sch))
+
+
+def _begin(threads: int) -> None:
+    """In the worker, when it starts: an interrupt on the terminal is for the search, which lets the worker end its trial."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    runtime.use_threads(threads)
 
 
 @contextmanager
@@ -207,9 +215,11 @@ class Log:
 
     def __init__(self, file: TextIO) -> None:
         self.file = file
+        # A kill may have cut the last line short: the next one is its own.
+        self.file.write("\n")
 
-    def write(self, trials: Iterable[Trial]) -> None:
-        self.file.writelines(f"{json.dumps(asdict(trial))}\n" for trial in trials)
+    def write(self, trial: Trial) -> None:
+        self.file.write(f"{json.dumps(asdict(trial))}\n")
         self.file.flush()
 
 
@@ -217,10 +227,11 @@ def read_log(path: Path) -> Iterator[Trial]:
     """The trials in a file, if there is one; a line that is no trial (cut short by a kill) is left out."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
-            values = json.loads(line)
-            chosen, us = tuple(map(int, values["decisions"])), values["us"]
-            trial = Trial(str(values["kernel"]), chosen, None if us is None else float(us), values["error"])
-        except (ValueError, TypeError, KeyError):
+            trial = Trial(**json.loads(line))
+            sound = decisions.valid(trial.decisions) and (
+                trial.us is None or (type(trial.us) is float and 0 < trial.us < math.inf)
+            )
+        except (ValueError, TypeError, OverflowError):
             continue
-        if decisions.valid(chosen):
-            yield trial
+        if sound and isinstance(trial.kernel, str) and isinstance(trial.form, str):
+            yield replace(trial, decisions=tuple(trial.decisions))

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, astuple, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -70,6 +70,7 @@ class Search:
     equal: set[tuple[int, ...]] = field(default_factory=set)
     forms: set[str] = field(default_factory=set)
     stale: int = 0
+    error: str | None = None
 
     @property
     def default(self) -> float | None:
@@ -96,8 +97,10 @@ class Search:
         return max(0.0, self.total - self.task.calls * self.floor) * 0.5 ** (self.stale / (2 * ROUND))
 
     def note(self, trial: Trial) -> None:
+        self.forms.add(trial.form)
         better = trial.us is not None and (self.best is None or trial.us < self.best[0])
         self.times[trial.decisions] = trial.us
+        self.error = trial.error or self.error
         self.stale = 0 if better else self.stale + 1
 
     def proposals(self, rng: random.Random) -> list[Decisions]:
@@ -142,7 +145,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Result:
-    """A search; kernels: those that take longest first.
+    """A search; error: of one of the trials that failed; kernels: those that take longest first.
 
     before, after: milliseconds of these kernels in a step, each timed alone, with the defaults and with what was found.
     steps: what it comes to; None where nothing was found or the search was interrupted.
@@ -153,6 +156,7 @@ class Result:
     seconds: float
     trials: int
     failed: int
+    error: str | None
     interrupted: bool
     before: float
     after: float
@@ -174,19 +178,20 @@ def tune(graph: TrainGraph, device: str | Device, settings: Settings, out: Conso
     _check_here(device)
     threads = settings.threads or runtime.default_threads()
     runtime.use_threads(threads)
+    records.load(device)  # what is damaged is better known before the search than after it
     started = time.monotonic()
     with out.working("finding the kernels"):
         tasks = find_tasks(graph, device)
     with out.working("measuring what this machine can do"):
         ceiling = roofline.measure(threads)
     searches = [Search(task, 1e6 * ceiling.seconds(task.flops, task.bytes)) for task in tasks]
-    path = _log_path(device)
+    path = _log_path(device, threads)
     _remember(searches, path)
     with _appending(path) as file, tempfile.TemporaryDirectory() as folder:
         watch = Stopwatch(device, threads, Path(folder))
         until = started + 60 * settings.minutes * (1 - COMPARING)
         finished = _search(searches, watch, Log(file), _Limits(until, settings.trials, settings.seed), out)
-        kernels = _compare(searches, watch, out)
+        kernels, compared = _compare(searches, watch, out)
     kept = _keep(device, kernels, command)
     return Result(
         folder=str(kept),
@@ -194,11 +199,12 @@ def tune(graph: TrainGraph, device: str | Device, settings: Settings, out: Conso
         seconds=time.monotonic() - started,
         trials=sum(len(s.times) for s in searches),
         failed=sum(s.failed for s in searches),
-        interrupted=not finished,
+        error=next((s.error for s in searches if s.error is not None), None),
+        interrupted=not (finished and compared),
         before=sum(k.calls * k.default_us for k in kernels) / 1e3,
         after=sum(k.calls * k.us for k in kernels) / 1e3,
         kernels=tuple(kernels),
-        steps=_steps(graph, device, out) if finished and any(k.us < k.default_us for k in kernels) else None,
+        steps=_steps(graph, device, out) if finished and compared and _changed(kernels) else None,
     )
 
 
@@ -208,6 +214,12 @@ def _check_here(device: Device) -> None:
         what = f"the GPU {device.gpu}" if device.gpu else f"a processor of {device.arch}, and this one is of {host.arch}"
         raise DeviceError(
             f"tune: {device.name!r} is {what}; kernels are timed on the processor at hand: tune on the device itself"
+        )
+    named = str(device.target.get("mcpu", "generic"))
+    if device.cores != host.cores or not (named == host.target["mcpu"] or named.startswith(("generic", "x86-64"))):
+        raise DeviceError(
+            f"tune: {device.name!r} has {device.cores} cores of {named}, and this machine {host.cores} of {host.target['mcpu']}; "
+            "kernels are timed on the processor at hand: tune on the device itself, or for host"
         )
 
 
@@ -258,9 +270,11 @@ def _search(searches: Sequence[Search], watch: Stopwatch, log: Log, limits: _Lim
                 left = len(candidates) if limits.trials is None else limits.trials - count
                 if left <= 0 or time.monotonic() >= limits.until:
                     break
-                trials = watch.time(candidates[:left])
-                log.write(trials)
-                _note(searches, trials)
+                trials = []
+                for trial in watch.time(candidates[:left]):
+                    log.write(trial)
+                    _note(searches, [trial])
+                    trials.append(trial)
                 if len({c.task.key for c in candidates}) == 1:
                     watch.learn(candidates[: len(trials)], trials)
                 count += len(trials)
@@ -272,10 +286,12 @@ def _search(searches: Sequence[Search], watch: Stopwatch, log: Log, limits: _Lim
 
 
 def _rounds(searches: Sequence[Search], watch: Stopwatch, rng: random.Random) -> Iterator[list[Candidate]]:
-    """What to try next: the defaults of all tasks, whose times say where to look, then some of the most promising task."""
-    untimed = [s for s in searches if s.default is None and astuple(DEFAULT) not in s.times]
+    """What to try next: the defaults and the records of all tasks, whose times say where to look, then some of the most promising."""
+    known = records.load(watch.device)
+    first = [(s, d) for s in searches for d in dict.fromkeys((DEFAULT, known.decisions(s.task.function)))]
+    untimed = [(s, d) for s, d in first if astuple(d) not in s.times]
     for i in range(0, len(untimed), ROUND):
-        yield [_chosen(s, c) for s in untimed[i : i + ROUND] for c in _new(s, [DEFAULT], watch)]
+        yield [_chosen(s, c) for s, d in untimed[i : i + ROUND] for c in _new(s, [d], watch)]
     while (search := _most_promising(searches)) is not None:
         candidates = watch.likeliest(_new(search, search.proposals(rng), watch), ROUND)
         if candidates:
@@ -342,14 +358,14 @@ def _times(search: Search) -> tuple[str, ...]:
 # --- What is kept -----------------------------------------------------------------------------------------------------------
 
 
-def _log_path(device: Device) -> Path:
+def _log_path(device: Device, threads: int) -> Path:
     """Of the trials under the present conditions; those under others would mislead."""
-    return records.folder_of(device) / f"trials-{records.fingerprint(device)}.jsonl"
+    return records.folder_of(device) / f"trials-{records.fingerprint(device)}-{threads}.jsonl"
 
 
 def _remember(searches: Sequence[Search], path: Path) -> None:
-    """What an earlier search tried."""
-    _note(searches, list(read_log(path)))
+    """What an earlier search timed; what failed may have failed for a reason of that day, and is tried again."""
+    _note(searches, [trial for trial in read_log(path) if trial.us is not None])
     for search in searches:
         search.stale = 0
 
@@ -367,30 +383,34 @@ def _appending(path: Path) -> Iterator[Any]:
         yield file
 
 
-def _compare(searches: Sequence[Search], watch: Stopwatch, out: Console) -> list[Tuned]:
-    """The best and the default decisions of each task in turns: the fastest of many trials was lucky, too."""
-    kernels = []
-    with out.progress("comparing with the defaults", len(searches)) as bar:
+def _compare(searches: Sequence[Search], watch: Stopwatch, out: Console) -> tuple[list[Tuned], bool]:
+    """The best and the default decisions of each task in turns: the fastest of many trials was lucky, too.
+
+    Also whether it came to its end, and no interrupt did.
+    """
+    kernels: list[Tuned] = []
+    with suppress(KeyboardInterrupt), out.progress("comparing with the defaults", len(searches)) as bar:
         for search in searches:
-            if search.default is not None and search.best is not None:
-                kernels.append(_tuned(search, *_compared(search, watch)))
+            if search.default is not None and (found := _compared(search, watch)) is not None:
+                kernels.append(_tuned(search, *found))
             bar.advance(1, search.task.name)
-    return sorted(kernels, key=lambda k: -k.calls * k.us)
+        return sorted(kernels, key=lambda k: -k.calls * k.us), True
+    return sorted(kernels, key=lambda k: -k.calls * k.us), False
 
 
-def _compared(search: Search, watch: Stopwatch) -> tuple[float, float, Decisions]:
-    """Microseconds with the defaults and with the decisions that are to be kept, and these."""
+def _compared(search: Search, watch: Stopwatch) -> tuple[float, float, Decisions] | None:
+    """Microseconds with the defaults and with the decisions that are to be kept, and these; None where neither could be timed."""
     assert search.default is not None
     assert search.best is not None
     best, chosen = search.best
-    if best >= FASTER * search.default:
-        return search.default, search.default, DEFAULT
     pair = [watch.candidate(search.task, d) for d in (DEFAULT, Decisions(*chosen))]
+    if best >= FASTER * search.default or pair[0].form == pair[1].form:
+        return search.default, search.default, DEFAULT
     built = watch.compile(pair)
     turns = [[watch.run(c, b).us for c, b in zip(pair, built, strict=True)] for _ in range(TURNS)]
     ran = [(before, after) for before, after in turns if before is not None and after is not None]
     if not ran:
-        return search.default, search.default, DEFAULT
+        return None
     before, after = (statistics.median(times) for times in zip(*ran, strict=True))
     return (before, after, Decisions(*chosen)) if after < FASTER * before else (before, before, DEFAULT)
 
@@ -454,6 +474,11 @@ def _keep(device: Device, kernels: Sequence[Tuned], command: str) -> Path:
     return records.save(device, kept.values(), about)
 
 
+def _changed(kernels: Sequence[Tuned]) -> int:
+    """How many have other decisions than the defaults."""
+    return sum(k.decisions != astuple(DEFAULT) for k in kernels)
+
+
 def show(result: Result, out: Console) -> None:
     """The kernels that take longest, and what tuning gained."""
     columns = ("kernel", ">calls", ">GFLOP", ">trials", ">default us", ">tuned us", ">gain", ">of peak")
@@ -471,8 +496,10 @@ def show(result: Result, out: Console) -> None:
         for k in result.kernels[:SHOWN]
     ]
     out.table(columns, rows)
-    changed = sum(k.decisions != astuple(DEFAULT) for k in result.kernels)
+    changed = _changed(result.kernels)
     out.line(f"{result.trials} trials, {result.failed} failed, {result.seconds / 60:.1f} min")
+    if result.error is not None:
+        out.line(f"one that failed: {result.error.strip().splitlines()[-1]}", "yellow")
     if result.kernels:
         gain = f"{result.before:.2f} -> {result.after:.2f} ms a step, {result.before / result.after:.2f}x"
         out.line(f"{changed} of {len(result.kernels)} kernels have a record; together {gain}", "bold")
