@@ -30,7 +30,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -38,14 +38,12 @@ from typing import Any
 
 import networks
 import tvm
-from tvm import relax, tirx
-from tvm.ir import Op
+from tvm import tirx
 from tvm.target import Target
 
 import tvmtrain as tt
-from tvmtrain import lowering, registers, targets, workload
+from tvmtrain import codegen, lowering, targets, workload
 from tvmtrain.console import Console, percent
-from tvmtrain.passes.plan_arena import bindings
 from tvmtrain.targets import Device
 
 # What llvm-mca calls the core of each device.
@@ -251,18 +249,12 @@ class Kernel:
 def kernels(mod: tvm.IRModule, device: Device) -> list[Kernel]:
     """Those of ``train_step``, the largest first."""
     fused = lowering.fuse(mod, device)
-    calls = Counter(name for b in bindings(fused["train_step"]) if (name := _called(b.value)))
-    work = {name: count * workload.flops(fused[name]) for name, count in calls.items()}
+    work = {name: count * workload.flops(fused[name]) for name, count in workload.calls(fused["train_step"]).items()}
     chosen = {name: fused[name] for name in work if re.search("conv2d|matmul", name)}
     scheduled = lowering.schedule(tvm.IRModule(chosen), device)
     total = sum(work.values())
     found = [Kernel(name, kind_of(name, _shapes(f)), work[name] / total, scheduled[name]) for name, f in chosen.items()]
     return sorted(found, key=lambda kernel: -kernel.share)
-
-
-def _called(value: relax.Expr) -> str | None:
-    is_kernel = isinstance(value, relax.Call) and value.op == Op.get("relax.call_tir")
-    return value.args[0].name_hint if is_kernel else None
 
 
 def _shapes(function: tirx.PrimFunc) -> list[list[int]]:
@@ -279,10 +271,10 @@ def kind_of(name: str, shapes: Iterable[Sequence[int]]) -> str:
 
 
 def assembly(kernel: Kernel, device: Device) -> str:
-    """What LLVM makes of a kernel, in the pipeline that ``lowering.generate`` takes."""
+    """What LLVM makes of a kernel in a step."""
     function = kernel.function.with_attr("global_symbol", kernel.name)
-    target = Target(dict(device.target))
-    return str(tvm.compile(function, target=target, tir_pipeline=registers.PIPELINE).mod.inspect_source("asm"))
+    built = codegen.compiled(tvm.IRModule({kernel.name: function}), Target(dict(device.target)))
+    return str(built.inspect_source("asm"))
 
 
 def rows(network: str, mod: tvm.IRModule, device: Device, core: Core) -> Iterator[Row]:

@@ -4,8 +4,8 @@
 
 Each row is a ``tvmtrain bench``: contestants in processes of their own, in turns; same weights, batch and trained parameters, SGD.
 Filtered gradients and shares of channels cannot be told to PyTorch, which trains the same layers whole, or, where the row says so,
-the whole network. Weights are random; each
-BatchNorm's running statistics are those of the batch, so that activations are of the size that training leaves.
+the whole network. Weights are random; each BatchNorm's running statistics are those of the batch, so that activations are of the
+size that training leaves.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ from tvmtrain.schedules.tiles import (
     known,
     lanes_of,
     leave_registers,
+    one_consumer,
     register_tile,
     vector_axis,
 )
@@ -304,8 +305,7 @@ def _as_lines(sch: Schedule, copy: SBlockRV, shape: Sequence[int], line: int) ->
 
 def _epilogue(sch: Schedule, block: Block) -> tuple[SBlockRV | None, bool]:
     """The one block that reads the results, if it does so in the order in which they are made; and whether it cuts rows short."""
-    consumers = sch.get_consumers(sch.get_sblock(block.name))
-    after = describe(sch, consumers[0]) if len(consumers) == 1 else None
+    after = one_consumer(sch, block)
     access = [r for r in after.reads if r.buffer.same_as(block.write.buffer)] if after and not after.reduction else []
     if after is None or len(access) != 1:
         return None, False
@@ -355,14 +355,13 @@ def _finish_in(sch: Schedule, rv: SBlockRV, epilogue: SBlockRV | None, at: LoopR
 def pooled(sch: Schedule, block: Block, device: Device, decisions: Decisions) -> bool:
     """Sums of a few rows, and of neighbours in them: row by row, so that what is read with gaps has just been made."""
     rv = sch.get_sblock(block.name)
-    consumers = sch.get_consumers(rv)
-    reader = describe(sch, consumers[0]) if len(consumers) == 1 else None
+    reader = one_consumer(sch, block)
     last = len(block.extents) - 1
     if reader is None or reader.reduction or block.reductions != (last,) or not _strided(reader, block):
         return False
     if block.extents[last] > LARGEST_TILE or block.write.strides[last - 1] != 1:
         return False
-    *outer, at, _ = sch.get_loops(consumers[0])
+    *outer, at, _ = sch.get_loops(sch.get_sblock(reader.name))
     sch.compute_at(rv, at)
     if block.volume >= PARALLEL:
         _parallel(sch, outer, _shared_prefix([extent_of(sch, loop) for loop in outer], _cores(device, decisions)))

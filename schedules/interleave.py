@@ -14,7 +14,7 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from tvmtrain.schedules.blocks import Block, describe
 from tvmtrain.schedules.decisions import Decisions
-from tvmtrain.schedules.tiles import PARALLEL, extent_of, fill_then_copy, finish_at, lanes_of
+from tvmtrain.schedules.tiles import PARALLEL, extent_of, fill_then_copy, finish_at, lanes_of, one_consumer
 from tvmtrain.targets import Device
 
 # Residues of one axis that are written out.
@@ -43,15 +43,14 @@ def interleave(sch: Schedule, block: Block, device: Device, _decisions: Decision
 
 def _after(sch: Schedule, block: Block) -> SBlockRV | None:
     """The one block that reads the results, each once, at its own place."""
-    consumers = sch.get_consumers(sch.get_sblock(block.name))
-    after = describe(sch, consumers[0]) if len(consumers) == 1 else None
+    after = one_consumer(sch, block)
     access = [r for r in after.reads if r.buffer.same_as(block.write.buffer)] if after and not after.reduction else []
     if after is None or len(access) != 1:
         return None
     index = [i for i, size in zip(access[0].index, access[0].buffer.shape, strict=True) if int(size) > 1]
     wide = [v for v, size in zip(after.variables, after.extents, strict=True) if size > 1]
     in_order = len(index) == len(wide) and all(i.same_as(v) for i, v in zip(index, wide, strict=True))
-    return consumers[0] if in_order else None
+    return sch.get_sblock(after.name) if in_order else None
 
 
 def _vectors(sch: Schedule, loop: LoopRV, device: Device) -> None:

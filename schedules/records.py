@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass, field
 from functools import cache
 from hashlib import sha256
 from importlib import metadata
@@ -70,7 +71,7 @@ def folder_of(device: Device) -> Path:
 
 def conditions(device: Device) -> dict[str, Any]:
     """What has to be the same for a record to be worth anything."""
-    target = json.loads(json.dumps({key: str(value) for key, value in device.target.items()}))
+    target = {key: str(value) for key, value in device.target.items()}
     return {"tvm": metadata.version("apache-tvm"), "templates": VERSION, "cores": device.cores, "target": target}
 
 
@@ -127,14 +128,21 @@ def save(device: Device, records: Iterable[Record], about: dict[str, Any]) -> Pa
     """
     folder = folder_of(device)
     lines = [conditions(device)]
-    lines += [asdict(r) | {"decisions": list(asdict(r.decisions).values())} for r in sorted(records, key=lambda r: r.name)]
-    try:
+    lines += [asdict(r) | {"decisions": astuple(r.decisions)} for r in sorted(records, key=lambda r: r.name)]
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{folder}: {error.strerror or error}; set {VARIABLE} to a folder that can be written") from error
     artifact.write_file(folder / RECORDS, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
     artifact.write_file(folder / ORIGIN, _toml(about | conditions(device)).encode())
     return folder
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system says against it becomes a ``StorageError`` that tells where else to write."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror or error}; set {VARIABLE} to a folder that can be written") from error
 
 
 def _toml(values: dict[str, Any]) -> str:

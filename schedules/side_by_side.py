@@ -15,9 +15,18 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.tirx import IndexMap
 
-from tvmtrain.schedules.blocks import FAILURES, Block, describe, merged
+from tvmtrain.schedules.blocks import FAILURES, Block, merged
 from tvmtrain.schedules.decisions import Decisions
-from tvmtrain.schedules.tiles import PARALLEL, divisors, fill_then_copy, finish_at, known, leave_registers, register_tile
+from tvmtrain.schedules.tiles import (
+    PARALLEL,
+    divisors,
+    fill_then_copy,
+    finish_at,
+    known,
+    leave_registers,
+    one_consumer,
+    register_tile,
+)
 from tvmtrain.targets import Device
 
 
@@ -26,7 +35,7 @@ def side_by_side(sch: Schedule, block: Block, device: Device, decisions: Decisio
 
     The cores share the filters; the results leave for their maps in long runs.
     """
-    layers = _one_consumer(sch, block)
+    layers = one_consumer(sch, block)
     if layers is None or block.reduced[:5] != (False,) * 4 + (True,):
         return False
     maps = _maps_of(sch, layers if layers.reduction else block)
@@ -70,11 +79,6 @@ def _weights_at_hand(sch: Schedule, block: Block, part: LoopRV) -> None:
         sch.compute_at(sch.cache_read(sch.get_sblock(block.name), found, "global"), part)
 
 
-def _one_consumer(sch: Schedule, block: Block) -> Block | None:
-    consumers = sch.get_consumers(sch.get_sblock(block.name))
-    return describe(sch, consumers[0]) if len(consumers) == 1 else None
-
-
 def _add_layers(sch: Schedule, layers: Block, part: LoopRV) -> None:
     """The sum of the layers of some filters."""
     rv = sch.get_sblock(layers.name)
@@ -116,7 +120,7 @@ def _gather(sch: Schedule, block: Block, run: int, parallel: bool) -> None:
 
 def _maps_of(sch: Schedule, block: Block) -> SBlockRV | None:
     """The one block that brings [.., filters, images, places] into the images' order, with rows and columns made one axis."""
-    after = _one_consumer(sch, block)
+    after = one_consumer(sch, block)
     if after is None or after.reduction or len(after.extents) != 4 or len(block.write.index) < 3:
         return None
     access = [r for r in after.reads if r.buffer.same_as(block.write.buffer)]

@@ -123,6 +123,12 @@ def fill_then_copy(sch: Schedule, name: str) -> None:
         sch.decompose_padding(rv, sch.get_loops(rv)[1])
 
 
+def one_consumer(sch: Schedule, block: Block) -> Block | None:
+    """The one block that reads a block's results; None where there are several, or it is not plain."""
+    consumers = sch.get_consumers(sch.get_sblock(block.name))
+    return describe(sch, consumers[0]) if len(consumers) == 1 else None
+
+
 def known(sch: Schedule, rv: SBlockRV) -> Block:
     block = describe(sch, rv)
     if block is None:

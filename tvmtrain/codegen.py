@@ -24,7 +24,7 @@ from tvmtrain.targets import Device
 # Parts that a training step's kernels are compiled in, side by side; below FEW kernels, a linker takes longer than is won.
 PARTS = 8
 FEW = 64
-# TVM's VM calls each kernel with the tensors it was compiled for. Checking each argument in each call was half of all code.
+# TVM's VM calls each kernel with the tensors it was compiled for: no code that checks each argument in each call.
 UNCHECKED = {"tirx.disable_assert": True}
 
 
@@ -54,16 +54,25 @@ def _compile(mod: tvm.IRModule, target: Target) -> Executable:
 
 def _side_by_side(parts: Sequence[tvm.IRModule], target: Target) -> list[Module]:
     """Each part as an object file to be linked. TVM's compiler lets go of Python's lock, and LLVM's state is each part's own."""
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(cores()) as threads:
         paths = [str(Path(folder) / f"{i}.o") for i in range(len(parts))]
         return list(threads.map(_object, parts, [target] * len(parts), paths))
 
 
 def _object(part: tvm.IRModule, target: Target, path: str) -> Module:
-    names = [name.name_hint for name in part.get_global_vars()]
+    compiled(part, target).write_to_file(path)
+    return load_static_library(path, [name.name_hint for name in part.get_global_vars()])
+
+
+def compiled(kernels: tvm.IRModule, target: Target) -> Module:
+    """Native code of scheduled kernels alone, for a processor."""
     with PassContext(opt_level=3, config=UNCHECKED):
-        tirx.build(part, target=target, pipeline=registers.PIPELINE).write_to_file(path)
-    return load_static_library(path, names)
+        return tirx.build(kernels, target=target, pipeline=registers.PIPELINE)
+
+
+def cores() -> int:
+    """What this process may compile on at a time."""
+    return len(os.sched_getaffinity(0))
 
 
 @contextmanager

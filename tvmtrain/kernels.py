@@ -20,10 +20,9 @@ from tvm import relax, te, tirx
 from tvm.relax.transform.legalize_ops.common import register_legalize
 
 from tvmtrain.operators import DGRAD, PACKED_CONV, WGRAD
+from tvmtrain.schedules.blocks import KEPT, STRIDES
 from tvmtrain.strided import (
-    KEPT,
     ROW,
-    STRIDES,
     Axis,
     Taps,
     by_residues,

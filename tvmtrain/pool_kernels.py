@@ -17,7 +17,8 @@ from tvm import relax, te, tirx
 from tvm.ir import Op
 from tvm.ir.op import register_op_attr
 
-from tvmtrain.strided import KEPT, STRIDES, Axis, Taps, by_residues, reach, residues_of, residues_of_columns, shape_of, window
+from tvmtrain.schedules.blocks import KEPT, STRIDES
+from tvmtrain.strided import Axis, Taps, by_residues, reach, residues_of, residues_of_columns, shape_of, window
 
 # Relax registers its own kernels at level 10; ours must win.
 OVERRIDE = 11

@@ -12,12 +12,10 @@ from typing import Any
 
 from tvm import relax, te, tirx
 
+from tvmtrain.schedules.blocks import KEPT
+
 # Rows are padded to multiples of this many elements: a whole AVX2 vector, two NEON ones, half an AVX-512 one.
 ROW = 8
-# An annotation of a stage whose formula is written out for each residue of its last two axes: their strides.
-STRIDES = "tvmtrain.strides"
-# An annotation of a stage whose results are read more often than it is worth making them.
-KEPT = "tvmtrain.kept"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
 import statistics
@@ -25,14 +24,12 @@ from typing import TextIO
 
 import tvm
 from tvm import tirx
-from tvm.ir.transform import PassContext
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.meta_schedule.arg_info import ArgInfo
 from tvm.target import Target
 
-from tvmtrain import registers, runtime
-from tvmtrain.codegen import UNCHECKED
+from tvmtrain import codegen, runtime
 from tvmtrain.schedules import cpu, decisions, records
 from tvmtrain.schedules.decisions import Decisions
 from tvmtrain.targets import Device
@@ -90,7 +87,7 @@ class Stopwatch:
         self.device, self.folder, self.target = device, folder, Target(dict(device.target))
         begin = partial(_begin, threads)
         self.runner = ms.runner.LocalRunner(timeout_sec=TIMEOUT, evaluator_config=CLOCK, initializer=begin)
-        # More threads would spin while kernels are compiled: five times slower.
+        # More threads would spin for each other while kernels are compiled.
         self.model = ms.cost_model.XGBModel(num_warmup_samples=LEARNED, early_stopping_rounds=10, num_tuning_cores=1)
         self.contexts: dict[str, ms.TuneContext] = {}
         self.pending: list[tuple[Sequence[Candidate], Sequence[Trial]]] = []
@@ -98,7 +95,7 @@ class Stopwatch:
 
     def candidate(self, task: Task, chosen: Decisions) -> Candidate:
         sch = Schedule(self._context(task).mod, error_render_level="none")
-        sch = cpu.decided(sch, self.device, decisions.sample(sch, astuple(chosen)))
+        sch = self._space(sch, astuple(chosen))
         arguments = ArgInfo.from_prim_func(task.function)
         return Candidate(task, chosen, ms.MeasureCandidate(sch, arguments), records.key_of(sch.mod["main"]))
 
@@ -133,15 +130,13 @@ class Stopwatch:
 
     def compile(self, candidates: Sequence[Candidate]) -> list[Path | str]:
         """For each the path of its library, or why there is none."""
-        with ThreadPoolExecutor(_cores()) as threads:
+        with ThreadPoolExecutor(codegen.cores()) as threads:
             return list(threads.map(self._compiled, candidates))
 
     def _compiled(self, candidate: Candidate) -> Path | str:
         path = self.folder / f"{candidate.task.key}-{candidate.form}.so"
         try:
-            with PassContext(opt_level=3, config=UNCHECKED):
-                built = tvm.tirx.build(candidate.measured.sch.mod, target=self.target, pipeline=registers.PIPELINE)
-            built.export_library(str(path), fcompile=_linker())
+            codegen.compiled(candidate.measured.sch.mod, self.target).export_library(str(path), fcompile=_linker())
         except Exception as error:  # whatever a schedule can do to a compiler: the trial failed, and the search goes on
             return f"{type(error).__name__}: {error}"
         return path
@@ -168,8 +163,9 @@ class Stopwatch:
             self.contexts[task.key] = context
         return self.contexts[task.key]
 
-    def _space(self, sch: Schedule) -> Schedule:
-        return cpu.decided(sch, self.device, decisions.sample(sch))
+    def _space(self, sch: Schedule, chosen: tuple[int, ...] | None = None) -> Schedule:
+        """One schedule of the space: with decisions that are ``chosen``, or at random as MetaSchedule calls it."""
+        return cpu.decided(sch, self.device, decisions.sample(sch, chosen))
 
 
 def _begin(threads: int) -> None:
@@ -180,7 +176,7 @@ def _begin(threads: int) -> None:
 
 @contextmanager
 def _without_intrinsics() -> Iterator[None]:
-    """TuneContext (TVM 0.27) imports all of TVM's tensor intrinsics: two minutes of parsing where torch is loaded, for none of use here.
+    """TuneContext (TVM 0.27) imports all of TVM's tensor intrinsics: minutes of parsing where torch is loaded, for none of use here.
 
     Its parser asks ``inspect`` for the source of every frame of the stack, and that goes through all loaded modules each time.
     """
@@ -197,17 +193,13 @@ def _without_intrinsics() -> Iterator[None]:
 
 @cache
 def _linker() -> Callable[..., None] | None:
-    """The system's linker, called by itself: half of the time that it takes through the C++ compiler, which is TVM's way."""
+    """The system's linker, called by itself and not through the C++ compiler, TVM's way, which takes longer than a kernel."""
     program = shutil.which("ld")
 
     def link(library: str, objects: Sequence[str], **_: object) -> None:
         subprocess.run([str(program), "-shared", "-o", library, *objects], check=True, capture_output=True)
 
     return link if program else None
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 class Log:

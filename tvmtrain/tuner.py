@@ -12,20 +12,19 @@ import random
 import statistics
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from tvm import relax, tirx
+from tvm import tirx
 from tvm.s_tir import Schedule
 
 from tvmtrain import builder, lowering, roofline, runtime, targets, workload
 from tvmtrain.console import Console, percent
-from tvmtrain.errors import DeviceError, StorageError
+from tvmtrain.errors import DeviceError
 from tvmtrain.graph import TrainGraph
 from tvmtrain.profile import random_batch
 from tvmtrain.runtime import TrainStep
@@ -187,7 +186,7 @@ def tune(graph: TrainGraph, device: str | Device, settings: Settings, out: Conso
     searches = [Search(task, 1e6 * ceiling.seconds(task.flops, task.bytes)) for task in tasks]
     path = _log_path(device, threads)
     _remember(searches, path)
-    with _appending(path) as file, tempfile.TemporaryDirectory() as folder:
+    with _appended(path) as file, tempfile.TemporaryDirectory() as folder:
         watch = Stopwatch(device, threads, Path(folder))
         until = started + 60 * settings.minutes * (1 - COMPARING)
         finished = _search(searches, watch, Log(file), _Limits(until, settings.trials, settings.seed), out)
@@ -226,8 +225,7 @@ def _check_here(device: Device) -> None:
 def find_tasks(graph: TrainGraph, device: Device) -> list[Task]:
     """The kernels of a training step for whose schedules there is something to decide, with those of equal loops as one."""
     fused = lowering.fuse(builder.packed(graph.module(), device), device)
-    calls: Counter[str] = Counter()
-    relax.analysis.post_order_visit(fused["train_step"], lambda e: calls.update(_callee(e)))
+    calls = workload.calls(fused["train_step"])
     found: dict[str, Task] = {}
     for gvar, function in fused.functions_items():
         if calls[gvar.name_hint] and isinstance(function, tirx.PrimFunc) and _tunable(function):
@@ -235,12 +233,6 @@ def find_tasks(graph: TrainGraph, device: Device) -> list[Task]:
             count = calls[gvar.name_hint] + (found[key].calls if key in found else 0)
             found[key] = Task(key, gvar.name_hint, function, count, workload.flops(function), workload.nbytes(function))
     return list(found.values())
-
-
-def _callee(expression: Any) -> tuple[str, ...]:
-    """The name of the kernel that a Relax expression calls."""
-    is_kernel = isinstance(expression, relax.Call) and getattr(expression.op, "name", "") == "relax.call_tir"
-    return (expression.args[0].name_hint,) if is_kernel else ()
 
 
 def _tunable(function: tirx.PrimFunc) -> bool:
@@ -335,7 +327,7 @@ def _table(searches: Sequence[Search], until: float) -> tuple[str, tuple[str, ..
     ordered = sorted(searches, key=lambda s: -s.total)
     columns = ("task", ">calls", ">GFLOP", ">trials", ">default us", ">best us", ">gain", ">of peak")
     rows = [
-        (s.task.name[:48], str(s.task.calls), f"{s.task.flops / 1e9:.3f}", str(len(s.times)), *_times(s))
+        (s.task.name[:48], str(s.task.calls), f"{s.task.flops / 1e9:.3f}", str(len(s.times)), *_times(s, s.best[0]))
         for s in ordered[:SHOWN]
         if s.best
     ]
@@ -346,10 +338,7 @@ def _table(searches: Sequence[Search], until: float) -> tuple[str, tuple[str, ..
     return title, columns, rows
 
 
-def _times(search: Search) -> tuple[str, ...]:
-    if search.best is None:
-        return ("-",) * 4
-    us = search.best[0]
+def _times(search: Search, us: float) -> tuple[str, ...]:
     default = search.default
     gain = (f"{default:.0f}", f"{us:.0f}", f"{default / us:.2f}") if default else ("failed", f"{us:.0f}", "-")
     return (*gain, percent(search.floor / us))
@@ -370,17 +359,10 @@ def _remember(searches: Sequence[Search], path: Path) -> None:
         search.stale = 0
 
 
-@contextmanager
-def _appending(path: Path) -> Iterator[Any]:
-    try:
+def _appended(path: Path) -> TextIO:
+    with records.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a", encoding="utf-8")
-    except OSError as error:
-        raise StorageError(
-            f"{path}: {error.strerror or error}; set {records.VARIABLE} to a folder that can be written"
-        ) from error
-    with file:
-        yield file
+        return path.open("a", encoding="utf-8")
 
 
 def _compare(searches: Sequence[Search], watch: Stopwatch, out: Console) -> tuple[list[Tuned], bool]:
@@ -389,13 +371,14 @@ def _compare(searches: Sequence[Search], watch: Stopwatch, out: Console) -> tupl
     Also whether it came to its end, and no interrupt did.
     """
     kernels: list[Tuned] = []
+    finished = False
     with suppress(KeyboardInterrupt), out.progress("comparing with the defaults", len(searches)) as bar:
         for search in searches:
             if search.default is not None and (found := _compared(search, watch)) is not None:
                 kernels.append(_tuned(search, *found))
             bar.advance(1, search.task.name)
-        return sorted(kernels, key=lambda k: -k.calls * k.us), True
-    return sorted(kernels, key=lambda k: -k.calls * k.us), False
+        finished = True
+    return sorted(kernels, key=lambda k: -k.calls * k.us), finished
 
 
 def _compared(search: Search, watch: Stopwatch) -> tuple[float, float, Decisions] | None:
@@ -403,9 +386,12 @@ def _compared(search: Search, watch: Stopwatch) -> tuple[float, float, Decisions
     assert search.default is not None
     assert search.best is not None
     best, chosen = search.best
+    unchanged = search.default, search.default, DEFAULT
+    if best >= FASTER * search.default:
+        return unchanged
     pair = [watch.candidate(search.task, d) for d in (DEFAULT, Decisions(*chosen))]
-    if best >= FASTER * search.default or pair[0].form == pair[1].form:
-        return search.default, search.default, DEFAULT
+    if pair[0].form == pair[1].form:
+        return unchanged
     built = watch.compile(pair)
     turns = [[watch.run(c, b).us for c, b in zip(pair, built, strict=True)] for _ in range(TURNS)]
     ran = [(before, after) for before, after in turns if before is not None and after is not None]
@@ -467,6 +453,7 @@ def _keep(device: Device, kernels: Sequence[Tuned], command: str) -> Path:
     trials = sum(record.trials for record in kept.values())
     about = {
         "command": command,
+        "machine": str(targets.load("host").target["mcpu"]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "kernels": len(kept),
         "trials": trials,

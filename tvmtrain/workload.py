@@ -6,10 +6,11 @@ import re
 from collections import Counter
 
 import tvm
-from tvm import tirx
+from tvm import relax, tirx
 from tvm.s_tir.analysis import estimate_tir_flops
 
 from tvmtrain.costs import Kernel
+from tvmtrain.passes.dependences import CALL_TIR
 from tvmtrain.passes.plan_arena import bindings, is_kernel
 from tvmtrain.passes.sizes import buffer_bytes
 
@@ -35,6 +36,12 @@ def _kernel(name: str, calls: int, function: tirx.PrimFunc) -> Kernel:
 def nbytes(function: tirx.PrimFunc) -> int:
     """Bytes of all arguments, results among them."""
     return sum(buffer_bytes(param) for param in function.params if hasattr(param.ty, "shape"))
+
+
+def calls(function: relax.Function) -> Counter[str]:
+    """How often a function calls each kernel, before ``lowering.plan``."""
+    values = (binding.value for block in function.body.blocks for binding in block.bindings)
+    return Counter(v.args[0].name_hint for v in values if isinstance(v, relax.Call) and v.op == CALL_TIR)
 
 
 def flops(function: tirx.PrimFunc) -> int:
