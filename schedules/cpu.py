@@ -256,6 +256,8 @@ def _private(sch: Schedule, block: Block, axes: Sequence[int]) -> list[str]:
         if producer is None or producer.reduction or len(sch.get_consumers(rv)) > 1 or not variables:
             continue
         access = next(r for r in block.reads if r.buffer.same_as(producer.write.buffer))
+        if _in_strips(block, access):
+            continue
         if all(any(i.same_as(v) for i in access.index) for v in variables):
             own.append(producer.name)
     return own
@@ -277,19 +279,42 @@ def _bring(sch: Schedule, producer: str, at: LoopRV) -> list[str]:
     return names
 
 
+def _in_strips(block: Block, access: Access) -> bool:
+    """Whether a block reads a column of neighbours for each step of its one reduction: a matrix product's second operand."""
+    axis = vector_axis(block)
+    return (
+        axis is not None
+        and len(block.reductions) == 1
+        and access.strides[axis] == 1
+        and access.strides[block.reductions[0]] != 1
+    )
+
+
 def _bring_strip(sch: Schedule, block: Block, shape: Tile, at: LoopRV) -> None:
-    """A copy, without gaps, of the columns that all tiles of rows read in turn: gaps of a page each would miss in every cache."""
+    """The columns that all tiles of rows read in turn: made there, or copied without gaps, of a page each, that miss in every cache."""
     again = prod(block.extents[axis] // size for axis, size in shape.rows)
-    if len(block.reductions) != 1 or again < FEWEST_READERS:
-        return
-    (summed,) = block.reductions
     rows = [axis for axis, _ in shape.rows]
     for i, read in enumerate(block.reads):
-        gap = read.strides[summed]
-        if read.strides[shape.axis] == 1 and gap is not None and gap >= WIDE_GAP and all(read.strides[a] == 0 for a in rows):
-            copy = sch.cache_read(sch.get_sblock(block.name), i, "global")
-            _as_lines(sch, copy, [int(d) for d in read.buffer.shape], block.extents[shape.axis])
-            sch.compute_at(copy, at)
+        if not _in_strips(block, read) or any(read.strides[a] for a in rows):
+            continue
+        made = _maker(sch, block, read)
+        gap = read.strides[block.reductions[0]]
+        if made is None and again >= FEWEST_READERS and gap is not None and gap >= WIDE_GAP:
+            made = sch.cache_read(sch.get_sblock(block.name), i, "global")
+        if made is not None:
+            _as_lines(sch, made, [int(d) for d in read.buffer.shape], block.extents[shape.axis])
+            sch.compute_at(made, at)
+            sch.vectorize(sch.split(sch.get_loops(made)[-1], factors=[None, shape.lanes])[1])
+
+
+def _maker(sch: Schedule, block: Block, read: Access) -> SBlockRV | None:
+    """The block that computes what is read, element by element, for this reader alone."""
+    for rv in sch.get_producers(sch.get_sblock(block.name)):
+        producer = describe(sch, rv)
+        if producer is not None and read.buffer.same_as(producer.write.buffer):
+            alone = len(sch.get_consumers(rv)) == 1
+            return rv if alone and not (producer.reduction or producer.guarded or producer.kept) else None
+    return None
 
 
 def _as_lines(sch: Schedule, copy: SBlockRV, shape: Sequence[int], line: int) -> None:

@@ -93,8 +93,9 @@ def _virtual_machine() -> Sequential:
     """Relax's own lowering to its virtual machine."""
     return Sequential(
         [
+            # ``b = a`` would be a call in each step; and one arena holds all tensors, so that none needs to be let go of.
+            relax.transform.CanonicalizeBindings(),
             relax.transform.LowerAllocTensor(),
-            relax.transform.KillAfterLastUse(),
             relax.transform.LowerRuntimeBuiltin(),
             relax.transform.ComputePrimValue(),
             relax.transform.VMShapeLower(),

@@ -1,0 +1,195 @@
+"""Elementwise kernels become part of the kernels that read their results, which then read what these were made from.
+
+    z = clip(c * s + t);  y = conv2d(z, w);  ..  -->  y = clip_conv2d(c, s, t, w);  ..
+
+A BatchNorm and an activation between two convolutions stand by themselves where the backward reads ``c``, too: a pass over memory that
+costs more than its arithmetic. In the kernels that read ``z`` it costs nothing that counts: they copy what they read anyway, or
+compute from it elementwise. Runs between two ``FuseTIR``: the first makes kernels of TVM's groups, the second those of this pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import tvm
+from tvm import relax, tirx
+from tvm.ir import GlobalVar, Op
+from tvm.ir.transform import PassContext, module_pass
+from tvm.s_tir import Schedule
+
+from tvmtrain.schedules import SCHEDULED
+from tvmtrain.schedules.blocks import FAILURES, Block, describe
+from tvmtrain.schedules.tiles import vector_axis
+
+CALL_TIR = Op.get("relax.call_tir")
+# TVM's class of operations that compute each place from the same place of a tensor, or of one that is repeated: OpPatternKind.
+ELEMENTWISE = 1
+# A tensor is small beside one of so many times its elements: statistics and parameters of channels.
+SMALL = 8
+# Elements of a result below which a kernel of its own costs nothing that counts.
+FEWEST = 1024
+
+
+@module_pass(opt_level=0, name="FusePrologues")
+class FusePrologues:
+    """For functions of one dataflow block; kernels that are scheduled already stay as they are."""
+
+    def transform_module(self, mod: tvm.IRModule, _ctx: PassContext) -> tvm.IRModule:
+        patterns = relax.transform.AnnotateTIROpPattern()(mod)
+        kernels = {g: _Kernel(f, int(patterns[g.name_hint].attrs["op_pattern"])) for g, f in _prim_functions(mod)}
+        builder = relax.BlockBuilder(mod)
+        for name, function in mod.functions_items():
+            if isinstance(function, relax.Function) and len(function.body.blocks) == 1:
+                builder.update_func(builder.get().get_global_var(name.name_hint), _Merging(function, kernels).done(builder))
+        return builder.get()
+
+
+def _prim_functions(mod: tvm.IRModule) -> list[tuple[GlobalVar, tirx.PrimFunc]]:
+    return [(gvar, f) for gvar, f in mod.functions_items() if isinstance(f, tirx.PrimFunc)]
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A kernel, and TVM's class of what it computes."""
+
+    function: tirx.PrimFunc
+    pattern: int
+
+    @cached_property
+    def blocks(self) -> Sequence[Block] | None:
+        """None where they are not plain."""
+        with suppress(*FAILURES):
+            sch = Schedule(self.function, error_render_level="none")
+            blocks = [describe(sch, block) for block in sch.get_child_blocks(sch.get_sblock("root"))]
+            plain = [b for b in blocks if b is not None]
+            return plain if len(plain) == len(blocks) else None
+        return None
+
+    @property
+    def elementwise(self) -> bool:
+        return self.pattern <= ELEMENTWISE and self.blocks is not None and not any(b.expensive for b in self.blocks)
+
+    def reading(self, position: int) -> int | None:
+        """Passes over memory for making what it reads as argument ``position``: 0 where that is made on the way, None where it cannot be.
+
+        A product that reads its values one at a time, for a vector of results each, needs them in memory.
+        """
+        if SCHEDULED in self.function.attrs or self.blocks is None:
+            return None
+        buffer = self.function.params[position]
+        passes = 0
+        for block in self.blocks:
+            axis = vector_axis(block) if block.reduction else None
+            if any(
+                r.buffer.same_as(buffer) and block.reduction and (axis is None or r.strides[axis] == 0) for r in block.reads
+            ):
+                passes = 2
+        return passes
+
+
+class _Merging:
+    """One function: which bindings are computed within the kernels of others."""
+
+    def __init__(self, function: relax.Function, kernels: Mapping[GlobalVar, _Kernel]) -> None:
+        self.function, self.kernels = function, kernels
+        self.bindings = list(function.body.blocks[0].bindings)
+        self.number = {binding.var: i for i, binding in enumerate(self.bindings)}
+        # The bindings that are computed in front of each kernel's own.
+        self.group: dict[int, list[int]] = {}
+        self.gone: set[int] = set()
+        self.readers: dict[int, list[int]] = {i: [] for i in range(len(self.bindings))}
+        for i, binding in enumerate(self.bindings):
+            for var in relax.analysis.free_vars(binding.value):
+                if var in self.number:
+                    self.readers[self.number[var]].append(i)
+        self.returned = {self.number[v] for v in relax.analysis.free_vars(function.body.body) if v in self.number}
+
+    def done(self, builder: relax.BlockBuilder) -> relax.Function:
+        """The function with calls of merged kernels."""
+        for i in range(len(self.bindings)):
+            if self._pays(i):
+                self._merge(i)
+        kept = [self._rewritten(i, builder) for i in range(len(self.bindings)) if i not in self.gone]
+        block = relax.DataflowBlock(kept)
+        f = self.function
+        return relax.Function(f.params, relax.SeqExpr([block], f.body.body), f.ret_ty, f.is_pure, f.attrs)
+
+    def _kernel(self, i: int) -> _Kernel | None:
+        value = self.bindings[i].value
+        return self.kernels[value.args[0]] if isinstance(value, relax.Call) and value.op == CALL_TIR else None
+
+    def _pays(self, i: int) -> bool:
+        """Whether fewer large tensors are read and written when all readers of a result make it themselves."""
+        kernel, readers = self._kernel(i), self.readers[i]
+        if (
+            kernel is None
+            or not readers
+            or i in self.returned
+            or _elements(self.bindings[i].var) < FEWEST
+            or not kernel.elementwise
+        ):
+            return False
+        costs = [cost for reader in readers if (cost := self._reading(reader, self.bindings[i].var)) is not None]
+        large = len(self._large(i))
+        return len(costs) == len(readers) and 0 < sum(large + cost for cost in costs) < large + 1 + len(readers)
+
+    def _large(self, i: int) -> set[relax.Var]:
+        """The tensors of its result's size that a binding reads, with what is computed in front of it."""
+        own = [*self.group.get(i, []), i]
+        made = {self.bindings[k].var for k in own}
+        size = _elements(self.bindings[i].var)
+        read = {v for k in own for v in relax.analysis.free_vars(self.bindings[k].value)} - made
+        return {v for v in read if not isinstance(v, GlobalVar) and _elements(v) * SMALL > size}
+
+    def _reading(self, reader: int, var: relax.Var) -> int | None:
+        kernel = self._kernel(reader)
+        if kernel is None:
+            return None
+        places = [k for k, arg in enumerate(self.bindings[reader].value.args[1].fields) if arg.same_as(var)]
+        costs = [cost for k in places if (cost := kernel.reading(k)) is not None]
+        return max(costs) if costs and len(costs) == len(places) else None
+
+    def _merge(self, i: int) -> None:
+        for reader in self.readers[i]:
+            before = self.group.setdefault(reader, [])
+            before += [k for k in (*self.group.get(i, []), i) if k not in before]
+            for k in self.group.get(i, []):
+                self.readers[k].append(reader)
+        self.gone.add(i)
+
+    def _rewritten(self, i: int, builder: relax.BlockBuilder) -> relax.Binding:
+        binding = self.bindings[i]
+        if i not in self.group:
+            return binding
+        own = [*(self.bindings[k] for k in self.group[i]), binding]
+        made = {b.var for b in own}
+        read = dict.fromkeys(a for b in own for a in b.value.args[1].fields if a not in made)
+        merged = builder.add_func(_kernel_of(own, list(read)), "_".join(_name(b) for b in own))
+        return relax.VarBinding(binding.var, relax.Call(merged, list(read)))
+
+
+def _kernel_of(bindings: Sequence[relax.Binding], read: Sequence[relax.Expr]) -> relax.Function:
+    """The bindings as a function, of tensors and constants, that ``FuseTIR`` makes one kernel of."""
+    parameters = {value: relax.Var(f"operand{i}", value.ty) for i, value in enumerate(read)}
+    made: list[relax.Binding] = []
+    for binding in bindings:
+        kernel, operands = binding.value.args
+        arguments = relax.Tuple([parameters[a] for a in operands.fields])
+        var = relax.Var("result", binding.var.ty) if binding is bindings[-1] else relax.DataflowVar("front", binding.var.ty)
+        made.append(relax.VarBinding(var, relax.Call(CALL_TIR, [kernel, arguments], None, binding.value.ty_args)))
+        parameters[binding.var] = var
+    body = relax.SeqExpr([relax.DataflowBlock(made)], made[-1].var)
+    return relax.Function([parameters[value] for value in read], body, made[-1].var.ty, True).with_attr("Primitive", True)
+
+
+def _name(binding: relax.Binding) -> str:
+    return str(binding.value.args[0].name_hint).removeprefix("fused_")
+
+
+def _elements(var: relax.Var) -> int:
+    shape = getattr(var.ty, "shape", None)
+    return prod(int(d) for d in shape) if shape is not None else 0
