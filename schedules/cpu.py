@@ -37,6 +37,7 @@ from tvmtrain.schedules.tiles import (
     known,
     lanes_of,
     leave_registers,
+    loops_in,
     one_consumer,
     register_tile,
     vector_axis,
@@ -46,7 +47,7 @@ from tvmtrain.targets import Device
 # Multiplications to which the taps of a small kernel may be written out.
 LARGEST_TAPS = (128, 32, 512)
 # Tiles of rows for which a copy of the columns that they read is worth making, and elements from one row of those to the next.
-FEWEST_READERS, WIDE_GAP = 8, 256
+FEWEST_READERS, WIDE_GAP = 2, 256
 # Bytes that the partial sums of one kernel may take.
 LARGEST_PARTIAL = 4 * 2**20
 # Rows read at once by a transposed copy: a small map's rows are a power of two apart, and no cache keeps more than 8 such.
@@ -266,8 +267,11 @@ def _private(sch: Schedule, block: Block, axes: Sequence[int]) -> list[str]:
 def _bring(sch: Schedule, producer: str, at: LoopRV) -> list[str]:
     """Copy what a step of the loop ``at`` reads; the names of the padded copies."""
     rv = sch.get_sblock(producer)
+    across = _transposed(known(sch, rv))
     sch.compute_at(rv, at)
     if producer != "residues":
+        if across is not None:
+            _transpose(sch, loops_in(sch, rv, at))
         return [producer]
     pads = [pad for pad in sch.get_producers(rv) if len(sch.get_consumers(pad)) == 1]
     if not pads:
@@ -476,7 +480,9 @@ def sweep(sch: Schedule, block: Block, device: Device, decisions: Decisions) -> 
             sch.vectorize(lane)
         head = [*head, part]
     elif not block.reduction and (across := _transposed(block)) is not None:
-        head = _transpose(sch, loops, across)
+        line, lane = _transpose(sch, loops[across:])
+        sch.vectorize(lane)
+        head = [*loops[:across], line]
     if block.volume >= PARALLEL and head:
         _parallel(sch, head, _shared_prefix([extent_of(sch, loop) for loop in head], _cores(device, decisions)))
     return bool(head)
@@ -485,18 +491,16 @@ def sweep(sch: Schedule, block: Block, device: Device, decisions: Decisions) -> 
 def _transposed(block: Block) -> int | None:
     """The axis along which a copy reads neighbours, if it writes them along the last axis."""
     last = len(block.extents) - 1
-    if last < 1 or block.write.strides[last] != 1 or block.extents[last] % LINE or len(block.reads) != 1:
+    if last < 1 or block.write.strides[last] != 1 or block.extents[last] % LINE:
         return None
-    return next((a for a in range(last) if block.reads[0].strides[a] == 1 and block.extents[a] > 1), None)
+    return next((a for a in range(last) if block.extents[a] > 1 and {r.strides[a] for r in block.reads} - {0} == {1}), None)
 
 
-def _transpose(sch: Schedule, loops: Sequence[LoopRV], across: int) -> list[LoopRV]:
+def _transpose(sch: Schedule, loops: Sequence[LoopRV]) -> tuple[LoopRV, LoopRV]:
     """Write ``LINE`` neighbours at a time, and read on along their rows while these are in the nearest cache."""
     line, lane = sch.split(loops[-1], factors=[None, LINE])
-    outer = [*loops[:across], line]
-    sch.reorder(*outer, *loops[across:-1], lane)
-    sch.vectorize(lane)
-    return outer
+    sch.reorder(line, *loops[:-1], lane)
+    return line, lane
 
 
 def _chunks(size: int, width: int, outside: int, device: Device) -> int:

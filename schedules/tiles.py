@@ -92,9 +92,7 @@ def divisors(n: int, most: int) -> list[int]:
 def leave_registers(sch: Schedule, epilogue: SBlockRV, at: LoopRV, device: Device) -> None:
     """Write a tile of results, vector by vector."""
     finish_at(sch, epilogue, at)
-    loops = sch.get_loops(epilogue)
-    outside = 1 + next(i for i, loop in enumerate(loops) if sch.get(loop).same_as(sch.get(at)))
-    *rows, last = loops[outside:]
+    *rows, last = loops_in(sch, epilogue, at)
     width = lanes_of(extent_of(sch, last), device) or 1
     if width > 1:
         last, lane = sch.split(last, factors=[None, width])
@@ -103,6 +101,12 @@ def leave_registers(sch: Schedule, epilogue: SBlockRV, at: LoopRV, device: Devic
     if prod(extent_of(sch, loop) for loop in (*rows, last)) <= LARGEST_EPILOGUE:
         for loop in (*rows, last):
             sch.unroll(loop)
+
+
+def loops_in(sch: Schedule, rv: SBlockRV, at: LoopRV) -> list[LoopRV]:
+    """The loops of a block inside of the loop ``at``."""
+    loops = sch.get_loops(rv)
+    return loops[1 + next(i for i, loop in enumerate(loops) if sch.get(loop).same_as(sch.get(at))) :]
 
 
 def finish_at(sch: Schedule, rv: SBlockRV, at: LoopRV) -> None:

@@ -40,6 +40,8 @@ from tvmtrain.strided import (
 LARGE_MAP = 4096
 # Numbers of one operand that are read again and again from the cache; numbers that partial sums of a gradient may take.
 LARGEST_PART, LARGEST_PARTIAL = 2**15, 2**20
+# Numbers of an image that may be transposed without leaving the cache for long.
+NEAR_IMAGE = 2**16
 # Terms that are summed up in one go; sums into which deeper ones are split.
 DEEPEST, MOST_LAYERS = 2560, 8
 # Taps of a kernel whose products may be one formula.
@@ -402,8 +404,10 @@ def conv2d_wgrad(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
     """dW[o, c, ky, kx] = sum over n, y, x of dY[n, o, y, x] * X[n, c, y*stride + ky*dilation, x*stride + kx*dilation]."""
     if conv.group_in == 1:
         return _wgrad_depthwise(x, gy, conv)
-    # The smaller operand is transposed, if its channels fill a vector.
-    smaller = conv.filters * conv.rows.out * conv.columns.out < conv.channels * conv.rows.size * conv.columns.size
+    # The smaller operand is transposed, if its channels fill a vector. But a dW whose rows are the weight's is updated on its way out.
+    image = conv.channels * conv.rows.size * conv.columns.size
+    near = image <= (NEAR_IMAGE if conv.pointwise else NEAR_IMAGE // 4)
+    smaller = conv.filters * conv.rows.out * conv.columns.out < image and not near
     if conv.groups == 1 and conv.filters >= ROW and (smaller or conv.channels < ROW):
         return _wgrad_over_filters(x, gy, conv)
     return _wgrad_over_channels(x, gy, conv)
