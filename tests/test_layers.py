@@ -15,11 +15,13 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "spec": {"errors"},
     "costs": {"errors"},
-    "artifact": {"costs", "errors", "runtime"},  # the runtime only when an artifact in memory is loaded
-    "targets": {"errors"},
+    "features": set(),
+    "artifact": {"costs", "errors", "features", "runtime"},  # the runtime only when an artifact in memory is loaded
+    "targets": {"errors", "features"},
     "selection": {"artifact", "errors"},
     "gpu_code": {"errors"},
     "cuda_compiler": {"errors"},
+    "toolchain": {"errors", "targets"},
     "runtime": {"artifact", "errors", "gpu_code", "selection"},
     "console": set(),
     "data": {"artifact", "errors"},
@@ -55,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "pool_kernels": {"schedules", "strided"},
     "norm_kernels": {"operators", "schedules", "targets"},
     "registers": set(),
-    "codegen": {"cuda_compiler", "gpu_code", "registers", "targets"},
+    "codegen": {"cuda_compiler", "features", "gpu_code", "registers", "targets", "toolchain"},
     "schedules": {"artifact", "errors", "targets"},
     "builder": {
         *("artifact", "codegen", "costs", "graph", "lowering", "passes", "runtime", "spec", "summarize", "targets", "timeline"),

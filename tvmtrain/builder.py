@@ -26,8 +26,10 @@ def build(graph: TrainGraph, device: str | Device = "host", *, gradients: bool =
 
     gradients: also compile an entry that returns every gradient (``TrainStep.gradients``), to compare with PyTorch.
     tuned: with the schedules that ``tvmtrain tune`` found for this device, where there are any.
+    Raises ``DeviceError``, before anything is compiled, where code for the device cannot be made here.
     """
     device = targets.load(device) if isinstance(device, str) else device
+    linker = codegen.tools(device)
     if device.arch == platform.machine():
         # The compiler evaluates constants on the pool that this thread will train with, and a pool cannot grow.
         runtime.use_threads(runtime.default_threads())
@@ -42,7 +44,8 @@ def build(graph: TrainGraph, device: str | Device = "host", *, gradients: bool =
     fused = lowering.fuse(module, device)
     planned = lowering.plan(lowering.schedule(fused, device, tuned=tuned))
     memory, kernels = _memory(planned, entries), workload.kernels(planned, fused)
-    return Artifact(_manifest(graph, device, entries, state, memory, costs, kernels), state, codegen.generate(planned, device))
+    code = codegen.Code(codegen.generate(planned, device), linker)
+    return Artifact(_manifest(graph, device, entries, state, memory, costs, kernels), state, code)
 
 
 def packed(module: tvm.IRModule, device: Device) -> tvm.IRModule:
@@ -73,7 +76,7 @@ def _manifest(
         loss=graph.loss,
         optimizer=optimizer_to_dict(graph.optimizer),
         plan=graph.plan.to_toml() if graph.plan is not None else None,
-        device=device.to_dict(),
+        device=device.to_dict() | {"features": list(codegen.features(device))},
         versions=_versions(),
         lr=graph.optimizer.lr,
         batch=graph.imported.batch,

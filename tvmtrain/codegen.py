@@ -3,29 +3,61 @@
 from __future__ import annotations
 
 import os
+import platform
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import tvm
 from tvm import relax, tirx
 from tvm.ir.transform import PassContext, Sequential
 from tvm.runtime import Executable, Module, load_static_library
-from tvm.support import cc
 from tvm.target import Target
+from tvm.target import codegen as llvm
 from tvm_ffi import get_global_func, register_global_func
 from tvm_ffi.registry import remove_global_func
 
-from tvmtrain import cuda_compiler, gpu_code, registers
+from tvmtrain import cuda_compiler, gpu_code, registers, toolchain
+from tvmtrain import features as instruction_sets
 from tvmtrain.targets import Device
+from tvmtrain.toolchain import Toolchain
 
 # Parts that a training step's kernels are compiled in, side by side; below FEW kernels, a linker takes longer than is won.
 PARTS = 8
 FEW = 64
 # TVM's VM calls each kernel with the tensors it was compiled for: no code that checks each argument in each call.
 UNCHECKED = {"tirx.disable_assert": True}
+
+
+@dataclass(frozen=True)
+class Code:
+    """Native code, and what links it (None: as TVM finds best, on the machine that it is for)."""
+
+    executable: Executable
+    linker: Toolchain | None
+
+    def export_library(self, file_name: str) -> None:
+        """Link the code into the shared library ``file_name``. Raises ``RuntimeError`` with the linker's words."""
+        self.executable.export_library(file_name, fcompile=self.linker and self.linker.linker)
+
+    def jit(self) -> Module:
+        """The code as a module that runs in this process."""
+        return self.executable.jit(fcompile=self.linker and self.linker.linker)
+
+
+def tools(device: Device) -> Toolchain | None:
+    """What links for ``device``; None if that is this machine and nothing is needed to run code in this process.
+
+    Raises ``DeviceError``, naming what to install, where code for ``device`` cannot be made here.
+    """
+    if device.gpu is not None:
+        cuda_compiler.find(device.gpu)
+    if device.arch == platform.machine():
+        return next(toolchain.installed(device), None)
+    return toolchain.find(device)
 
 
 def generate(planned: tvm.IRModule, device: Device) -> Executable:
@@ -39,13 +71,14 @@ def generate(planned: tvm.IRModule, device: Device) -> Executable:
                 planned, target=Target(dict(device.target)), relax_pipeline=_virtual_machine(), tir_pipeline="default"
             )
     with PassContext(opt_level=3, config=UNCHECKED):
-        return _compile(_virtual_machine()(planned), Target(dict(device.target)))
+        return _compile(_virtual_machine()(planned), device)
 
 
-def _compile(mod: tvm.IRModule, target: Target) -> Executable:
+def _compile(mod: tvm.IRModule, device: Device) -> Executable:
     """For a processor. Many kernels are compiled on all cores of this machine, where it can link them."""
+    target = Target(dict(device.target))
     kernels = [(name, f) for name, f in mod.functions_items() if isinstance(f, tirx.PrimFunc)]
-    if len(kernels) >= FEW and cc.get_cc():
+    if len(kernels) >= FEW and any(toolchain.installed(device)):
         functions = {name: f for name, f in mod.functions_items() if not isinstance(f, tirx.PrimFunc)}
         parts = [tvm.IRModule(dict(kernels[i::PARTS]), attrs=mod.attrs) for i in range(PARTS)]
         mod = tvm.IRModule(functions, attrs=mod.attrs).with_attr("external_mods", _side_by_side(parts, target))
@@ -62,6 +95,12 @@ def _side_by_side(parts: Sequence[tvm.IRModule], target: Target) -> list[Module]
 def _object(part: tvm.IRModule, target: Target, path: str) -> Module:
     compiled(part, target).write_to_file(path)
     return load_static_library(path, [name.name_hint for name in part.get_global_vars()])
+
+
+def features(device: Device) -> tuple[str, ...]:
+    """What the processor needs that runs this code (beside a GPU too), by the names of ``tvmtrain.features``."""
+    target = device.target["host"] if device.gpu else device.target
+    return instruction_sets.needed(device.arch, llvm.llvm_get_cpu_features(Target(dict(target))))
 
 
 def compiled(kernels: tvm.IRModule, target: Target) -> Module:
