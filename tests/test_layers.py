@@ -60,8 +60,8 @@ ALLOWED: dict[str, set[str]] = {
     "codegen": {"cuda_compiler", "features", "gpu_code", "registers", "targets", "toolchain"},
     "schedules": {"artifact", "errors", "targets"},
     "builder": {
-        *("artifact", "codegen", "costs", "graph", "lowering", "passes", "runtime", "spec", "summarize", "targets", "timeline"),
-        "workload",
+        *("artifact", "codegen", "costs", "cuda_compiler", "graph", "lowering", "passes", "runtime", "spec", "summarize"),
+        *("targets", "timeline", "workload"),
     },
 }
 # These join the rooms above for a person; they may use everything.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 
@@ -10,7 +11,7 @@ import numpy as np
 import tvm
 from tvm.ir.transform import Sequential
 
-from tvmtrain import codegen, lowering, runtime, summarize, targets, workload
+from tvmtrain import codegen, cuda_compiler, lowering, runtime, summarize, targets, workload
 from tvmtrain.artifact import Artifact, Entry, Manifest, TensorSpec
 from tvmtrain.costs import EntryMemory, Kernel, LayerCost, Memory
 from tvmtrain.graph import TrainGraph
@@ -30,6 +31,9 @@ def build(graph: TrainGraph, device: str | Device = "host", *, gradients: bool =
     """
     device = targets.load(device) if isinstance(device, str) else device
     linker = codegen.tools(device)
+    versions = _versions(device)
+    if refusal := cuda_compiler.refusal(versions.get("cuda", ""), device.cuda_toolkit):
+        warnings.warn(f"{device.name}: {refusal}", RuntimeWarning, stacklevel=2)
     if device.arch == platform.machine():
         # The compiler evaluates constants on the pool that this thread will train with, and a pool cannot grow.
         runtime.use_threads(runtime.default_threads())
@@ -45,7 +49,7 @@ def build(graph: TrainGraph, device: str | Device = "host", *, gradients: bool =
     planned = lowering.plan(lowering.schedule(fused, device, tuned=tuned))
     memory, kernels = _memory(planned, entries), workload.kernels(planned, fused)
     code = codegen.Code(codegen.generate(planned, device), linker)
-    return Artifact(_manifest(graph, device, entries, state, memory, costs, kernels), state, code)
+    return Artifact(_manifest(graph, device, versions, entries, state, memory, costs, kernels), state, code)
 
 
 def packed(module: tvm.IRModule, device: Device) -> tvm.IRModule:
@@ -56,6 +60,7 @@ def packed(module: tvm.IRModule, device: Device) -> tvm.IRModule:
 def _manifest(
     graph: TrainGraph,
     device: Device,
+    versions: Mapping[str, str],
     entries: Sequence[Entry],
     state: Mapping[str, np.ndarray],
     memory: Memory,
@@ -77,7 +82,7 @@ def _manifest(
         optimizer=optimizer_to_dict(graph.optimizer),
         plan=graph.plan.to_toml() if graph.plan is not None else None,
         device=device.to_dict() | {"features": list(codegen.features(device))},
-        versions=_versions(),
+        versions=versions,
         lr=graph.optimizer.lr,
         batch=graph.imported.batch,
         memory=memory,
@@ -88,9 +93,10 @@ def _manifest(
     )
 
 
-def _versions() -> dict[str, str]:
+def _versions(device: Device) -> dict[str, str]:
     packages = {"tvmtrain": "tvmtrain", "tvm": "apache-tvm", "torch": "torch"}
-    return {"python": platform.python_version()} | {name: metadata.version(package) for name, package in packages.items()}
+    cuda = {"cuda": cuda_compiler.find(device.gpu, device.cuda_toolkit).version} if device.gpu else {}
+    return {"python": platform.python_version()} | {name: metadata.version(p) for name, p in packages.items()} | cuda
 
 
 def _memory(planned: tvm.IRModule, entries: Iterable[Entry]) -> Memory:

@@ -54,7 +54,7 @@ def tools(device: Device) -> Toolchain | None:
     Raises ``DeviceError``, naming what to install, where code for ``device`` cannot be made here.
     """
     if device.gpu is not None:
-        cuda_compiler.find(device.gpu)
+        cuda_compiler.find(device.gpu, device.cuda_toolkit)
     if device.arch == platform.machine():
         return next(toolchain.installed(device), None)
     return toolchain.find(device)
@@ -66,7 +66,7 @@ def generate(planned: tvm.IRModule, device: Device) -> Executable:
         gpu_code.teach_tvm()
         # CUDA's own compiler unrolls loops; written out before it reads them, they are a hundred times its work.
         written_out = {"tirx.UnrollLoop": {"explicit_unroll": False}}
-        with _compiled_for(device.gpu), PassContext(opt_level=3, config=written_out):
+        with _compiled_for(device.gpu, device.cuda_toolkit), PassContext(opt_level=3, config=written_out):
             return tvm.compile(
                 planned, target=Target(dict(device.target)), relax_pipeline=_virtual_machine(), tir_pipeline="default"
             )
@@ -115,11 +115,15 @@ def cores() -> int:
 
 
 @contextmanager
-def _compiled_for(arch: str) -> Iterator[None]:
+def _compiled_for(arch: str, toolkit: str) -> Iterator[None]:
     """In place of CUDA source, which TVM compiles where the code is loaded (or nowhere), the executable gets machine code."""
     hook = "tvm_callback_cuda_postproc"
     before = get_global_func(hook, allow_missing=True)
-    register_global_func(hook, lambda source, _: gpu_code.to_text(cuda_compiler.compile_source(source, arch)), override=True)
+
+    def machine_code(source: str, _: object) -> str:
+        return gpu_code.to_text(cuda_compiler.compile_source(source, arch, toolkit))
+
+    register_global_func(hook, machine_code, override=True)
     try:
         yield
     finally:

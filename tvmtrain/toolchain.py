@@ -40,7 +40,7 @@ class Toolchain:
 
     def link(self, library: str, objects: Sequence[str], options: Sequence[str] = ()) -> None:
         """Make the shared library ``library`` of object files. Raises ``RuntimeError`` with the linker's words."""
-        command = [*self.cxx, "-shared", "-fPIC", "-o", library, *options, *objects]
+        command = [*self.cxx, "-shared", "-fPIC", "-s", "-o", library, *options, *objects]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{self.name}: {(done.stderr or done.stdout).strip()}")
@@ -72,7 +72,7 @@ def find(device: Device, *, glibc: str | None = None) -> Toolchain:
             f"programs for {device.name} must run with glibc {glibc}, and what compiles for {device.triple} here has a newer one: "
             f"{names}; install {ZIG_PACKAGE}, which makes programs for any glibc: pip install {ZIG_PACKAGE}"
         )
-    raise DeviceError(f"nothing here links code for {device.triple} (device {device.name!r}): {missing(device)}")
+    raise DeviceError(f"nothing here links code for {device.triple}: {missing(device)}")
 
 
 def missing(device: Device) -> str:
