@@ -57,6 +57,8 @@ ALLOWED: dict[str, set[str]] = {
     "pool_kernels": {"schedules", "strided"},
     "norm_kernels": {"operators", "schedules", "targets"},
     "registers": set(),
+    "elf": {"errors"},
+    "wheels": {"errors"},
     "codegen": {"cuda_compiler", "features", "gpu_code", "registers", "targets", "toolchain"},
     "schedules": {"artifact", "errors", "targets"},
     "builder": {
@@ -71,6 +73,7 @@ FRONT = {
     "cli",
     "oracle",
     "jobs",
+    "deploy",
     "describe",
     "verify",
     "quickstart",

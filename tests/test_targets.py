@@ -55,7 +55,7 @@ def test_plain_values_round_trip_through_json() -> None:
     [
         ({"name": "a", "target": {}, "arch": "x", "speed": 1}, "unknown fields .'speed'"),
         ({"name": "a", "target": {}}, "missing fields .'arch'"),
-        ({"name": "a", "target": {}, "arch": "x", "cores": 0}, "cores=0"),
+        ({"name": "a", "target": {"kind": "llvm"}, "arch": "x", "cores": 0}, "cores=0"),
         ({"name": "a", "target": {}, "arch": "x", "caches": {"l4": 1}}, "unknown caches .'l4'"),
     ],
 )

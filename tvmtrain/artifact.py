@@ -251,6 +251,14 @@ def read(folder: str | os.PathLike[str], *, foreign: bool = False) -> Stored:
     return Stored(manifest, state, places[LIBRARY])
 
 
+def contents(folder: str | os.PathLike[str]) -> dict[str, bytes]:
+    """The checked files of an artifact by their names, also those that a killed ``save`` left under another. Raises ``ArtifactError``."""
+    folder = Path(folder)
+    _, files = _read_manifest(folder / MANIFEST)
+    places = {name: _locate(folder, name, file) for name, file in files.items()}
+    return {name: _read_bytes(place) for name, place in {MANIFEST: folder / MANIFEST, **places}.items()}
+
+
 def on_gpu(manifest: Manifest) -> bool:
     """Whether the step was compiled for an NVIDIA GPU."""
     target = manifest.device.get("target", {})
