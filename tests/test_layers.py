@@ -16,6 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "spec": {"errors"},
     "costs": {"errors"},
     "features": set(),
+    "native": {"errors"},
     "artifact": {"costs", "errors", "features", "runtime"},  # the runtime only when an artifact in memory is loaded
     "targets": {"errors", "features"},
     "selection": {"artifact", "errors"},

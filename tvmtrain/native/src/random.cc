@@ -101,33 +101,18 @@ class Pcg64 {
     return static_cast<uint32_t>(word);
   }
 
-  // From 0 to ``last``, all equally likely (Lemire).
+  // From 0 to ``last``, all equally likely: bits enough for ``last``, drawn again while they are more.
   uint64_t bounded(uint64_t last) {
-    if (last == 0) return 0;
-    if (last == UINT64_MAX) return next64();
-    if (last < UINT32_MAX) return bounded32(static_cast<uint32_t>(last));
-    if (last == UINT32_MAX) return next32();
-    const uint64_t range = last + 1;
-    u128 product = u128{next64()} * range;
-    if (static_cast<uint64_t>(product) < range) {
-      const uint64_t threshold = (UINT64_MAX - last) % range;
-      while (static_cast<uint64_t>(product) < threshold) product = u128{next64()} * range;
+    uint64_t mask = last;
+    for (int shift = 1; shift < 64; shift *= 2) mask |= mask >> shift;
+    for (;;) {
+      const uint64_t value = (last <= UINT32_MAX ? next32() : next64()) & mask;
+      if (value <= last) return value;
     }
-    return static_cast<uint64_t>(product >> 64);
   }
 
  private:
   void advance() { state_ = state_ * (u128{2549297995355413924u} << 64 | 4865540595714422341u) + increment_; }
-
-  uint64_t bounded32(uint32_t last) {
-    const uint32_t range = last + 1;
-    uint64_t product = uint64_t{next32()} * range;
-    if (static_cast<uint32_t>(product) < range) {
-      const uint32_t threshold = (UINT32_MAX - last) % range;
-      while (static_cast<uint32_t>(product) < threshold) product = uint64_t{next32()} * range;
-    }
-    return product >> 32;
-  }
 
   u128 state_ = 0, increment_ = 0;
   bool has_half_ = false;
