@@ -160,13 +160,14 @@ def test_wrong_data_are_refused_and_change_nothing(x, y, message: str, dense: Pa
 
 
 def test_a_loss_that_is_not_finite_leaves_the_state(library: Path, tmp_path: Path) -> None:
-    x, y = torch.randn(BATCH, 6), torch.randint(0, 3, (BATCH,))
-    graph = tt.trace(nn.Linear(6, 3), x, y, loss="cross_entropy", optimizer=tt.SGD(lr=0.05, momentum=0.9))
+    x, y = torch.randn(BATCH, 64), torch.randint(0, 3, (BATCH,))
+    graph = tt.trace(nn.Linear(64, 3), x, y, loss="cross_entropy", optimizer=tt.SGD(lr=0.05, momentum=0.9))
     step = NativeStep(library, tt.build(graph).save(tmp_path / "out"))
     x, y = x.numpy(), y.numpy()
     step(x, y)
     step.save(tmp_path / "before")
-    error = _failure(step, x * np.float32(1e38), y)
+    huge = np.where(step.read("weight", (3, 64), "float32")[:1] > 0, np.float32(3e38), np.float32(-3e38))
+    error = _failure(step, np.repeat(huge, BATCH, axis=0), y)
     assert error.status == NONFINITE
     assert "the loss of step 2 is" in str(error)
     step.save(tmp_path / "after")
