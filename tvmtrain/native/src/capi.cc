@@ -3,6 +3,8 @@
 
 #include <cmath>
 #include <exception>
+#include <memory>
+#include <new>
 #include <string>
 
 #include "error.h"
@@ -11,7 +13,7 @@
 #include "stored.h"
 
 struct tvmtrain {
-  tt::Step body;
+  std::unique_ptr<tt::Step> body;
 };
 
 namespace {
@@ -51,11 +53,11 @@ T* need(T* pointer, const char* what) {
   return pointer;
 }
 
-int count_of(const tvmtrain* step, const char* entry, Role role) { return step ? static_cast<int>(step->body.specs(entry, role).size()) : 0; }
+int count_of(const tvmtrain* step, const char* entry, Role role) { return step ? static_cast<int>(step->body->specs(entry, role).size()) : 0; }
 
 tvmtrain_status spec_at(const tvmtrain* step, const char* entry, Role role, int number, tvmtrain_spec* spec) {
   return guarded([&] {
-    const auto specs = need(step, "step")->body.specs(entry, role);
+    const auto specs = need(step, "step")->body->specs(entry, role);
     if (number < 0 || static_cast<size_t>(number) >= specs.size()) {
       throw tt::input_error(std::string("there is no ") + tt::role_name(role) + " number " + std::to_string(number) + "; there are " + std::to_string(specs.size()));
     }
@@ -70,7 +72,7 @@ tvmtrain_status spec_at(const tvmtrain* step, const char* entry, Role role, int 
 tvmtrain_status tvmtrain_load(const char* folder, int threads, tvmtrain** step) {
   return guarded([&] {
     *need(step, "step") = nullptr;
-    *step = new tvmtrain{tt::Step(need(folder, "folder"), threads)};
+    *step = new tvmtrain{tt::Step::load(need(folder, "folder"), threads)};
     return TVMTRAIN_OK;
   });
 }
@@ -79,10 +81,10 @@ void tvmtrain_free(tvmtrain* step) { delete step; }
 
 tvmtrain_status tvmtrain_step(tvmtrain* step, const tvmtrain_array* inputs, const tvmtrain_array* targets, double lr, double* loss) {
   return guarded([&] {
-    const double value = need(step, "step")->body.train(inputs, targets, lr);
+    const double value = need(step, "step")->body->train(inputs, targets, lr);
     if (loss) *loss = value;
     if (std::isfinite(value)) return TVMTRAIN_OK;
-    const std::string taken = std::to_string(step->body.steps()), here = std::to_string(step->body.steps() + 1);
+    const std::string taken = std::to_string(step->body->steps()), here = std::to_string(step->body->steps() + 1);
     const std::string message = "the loss of step " + here + " is " + std::to_string(value) + "; the state is that of step " + taken +
                                 ". Lower the learning rate, set clip_norm, or look at this batch";
     return failed(TVMTRAIN_NONFINITE_LOSS, message.c_str());
@@ -91,38 +93,38 @@ tvmtrain_status tvmtrain_step(tvmtrain* step, const tvmtrain_array* inputs, cons
 
 tvmtrain_status tvmtrain_predict(tvmtrain* step, const tvmtrain_array* inputs, const tvmtrain_array* outputs) {
   return guarded([&] {
-    need(step, "step")->body.predict(inputs, outputs);
+    need(step, "step")->body->predict(inputs, outputs);
     return TVMTRAIN_OK;
   });
 }
 
 tvmtrain_status tvmtrain_save(const tvmtrain* step, const char* file) {
   return guarded([&] {
-    need(step, "step")->body.save(need(file, "file"));
+    need(step, "step")->body->save(need(file, "file"));
     return TVMTRAIN_OK;
   });
 }
 
 tvmtrain_status tvmtrain_restore(tvmtrain* step, const char* file) {
   return guarded([&] {
-    need(step, "step")->body.restore(need(file, "file"));
+    need(step, "step")->body->restore(need(file, "file"));
     return TVMTRAIN_OK;
   });
 }
 
 tvmtrain_status tvmtrain_read(const tvmtrain* step, const char* name, const tvmtrain_array* array) {
   return guarded([&] {
-    need(step, "step")->body.read(need(name, "name"), *need(array, "array"));
+    need(step, "step")->body->read(need(name, "name"), *need(array, "array"));
     return TVMTRAIN_OK;
   });
 }
 
 const char* tvmtrain_last_error(void) { return last_error.c_str(); }
 
-int64_t tvmtrain_steps(const tvmtrain* step) { return step ? static_cast<int64_t>(step->body.steps()) : 0; }
-int64_t tvmtrain_batch(const tvmtrain* step) { return step ? step->body.manifest().batch : 0; }
-double tvmtrain_rate(const tvmtrain* step) { return step ? step->body.manifest().lr : 0; }
-int tvmtrain_threads(const tvmtrain* step) { return step ? step->body.threads() : 0; }
+int64_t tvmtrain_steps(const tvmtrain* step) { return step ? static_cast<int64_t>(step->body->steps()) : 0; }
+int64_t tvmtrain_batch(const tvmtrain* step) { return step ? step->body->manifest().batch : 0; }
+double tvmtrain_rate(const tvmtrain* step) { return step ? step->body->manifest().lr : 0; }
+int tvmtrain_threads(const tvmtrain* step) { return step ? step->body->threads() : 0; }
 
 int tvmtrain_inputs(const tvmtrain* step) { return count_of(step, "train_step", Role::kInput); }
 int tvmtrain_targets(const tvmtrain* step) { return count_of(step, "train_step", Role::kTarget); }

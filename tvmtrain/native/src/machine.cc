@@ -26,7 +26,7 @@ constexpr const char* kArchitecture = "aarch64";
 #endif
 
 // What an idle program with TVM's runtime takes, beside all that a manifest tells.
-constexpr int64_t kProgramBytes = int64_t{24} << 20;
+constexpr int64_t kProgramBytes = int64_t{16} << 20;
 
 std::string normal(std::string name) {
   for (char& c : name) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c;

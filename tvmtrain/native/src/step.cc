@@ -2,21 +2,31 @@
 
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/shape.h>
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/device.h>
+#include <tvm/ffi/extra/module.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/optional.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <system_error>
+#include <utility>
 
 #include "error.h"
 #include "files.h"
 #include "loading.h"
 #include "machine.h"
+#include "selection.h"
 #include "stored.h"
 #include "values.h"
 
 namespace tt {
 namespace {
+
+namespace ffi = tvm::ffi;
 
 DLDataType data_type(const DType& dtype) {
   const DLDataTypeCode code = dtype.kind == 'f' ? kDLFloat : dtype.kind == 'i' ? kDLInt : dtype.kind == 'u' ? kDLUInt : kDLBool;
@@ -117,9 +127,50 @@ SelectionState stored_selection(const Manifest& manifest, const TensorFile& file
   return state;
 }
 
+class VmStep final : public Step {
+ public:
+  VmStep(const std::string& folder, int threads);
+
+  double train(const tvmtrain_array* inputs, const tvmtrain_array* targets, double rate) override;
+  void predict(const tvmtrain_array* inputs, const tvmtrain_array* outputs) const override;
+  void save(const std::string& file) const override;
+  void restore(const std::string& file) override;
+  void read(const std::string& name, const tvmtrain_array& array) const override;
+  uint64_t steps() const override { return steps_; }
+  int threads() const override { return threads_; }
+  std::string output(size_t i) const override { return bytes_of(outputs_.at(i)); }
+  const Manifest& manifest() const override { return manifest_; }
+
+ private:
+  using Key = std::pair<Role, std::string>;
+  using Given = std::map<Key, ffi::Tensor>;
+  using Tensors = std::map<std::string, ffi::Tensor>;
+
+  void start(const std::string& library);
+  void use_threads() const;
+  ffi::Tensor tensor(const Shape& shape, const DType& dtype, std::string_view bytes) const;
+  std::string bytes_of(const ffi::Tensor& tensor) const;
+  std::vector<ffi::Tensor> run(const Entry& entry, const Given& given, const Tensors& state) const;
+  Tensors prepared(Tensors state) const;
+  Given batch(const tvmtrain_array* inputs, const tvmtrain_array* targets) const;
+  void add_channels(Given& given) const;
+  void check_values(const TensorSpec& spec, std::string_view bytes) const;
+  SelectionState initial_selection(const TensorFile& parameters) const;
+
+  Manifest manifest_;
+  int threads_;
+  DLDevice place_{kDLCPU, 0};
+  ffi::Optional<ffi::Module> machine_;  // what the functions belong to
+  std::map<std::string, ffi::Function> functions_;
+  Tensors tensors_;
+  SelectionState selection_;
+  uint64_t steps_ = 0;
+  std::vector<ffi::Tensor> outputs_;
+};
+
 }  // namespace
 
-Step::Step(const std::string& folder, int threads) : manifest_(read_manifest(folder)), threads_(threads ? threads : default_threads()) {
+VmStep::VmStep(const std::string& folder, int threads) : manifest_(read_manifest(folder)), threads_(threads ? threads : default_threads()) {
   if (threads < 0) throw input_error("threads is " + std::to_string(threads) + "; want 1 or more, or 0 for every physical core");
   processors();
   std::map<std::string, std::string> places;
@@ -134,7 +185,7 @@ Step::Step(const std::string& folder, int threads) : manifest_(read_manifest(fol
   tensors_ = prepared(std::move(state));
 }
 
-void Step::start(const std::string& library) {
+void VmStep::start(const std::string& library) {
   if (manifest_.device.gpu) place_ = load_gpu(manifest_.device.name);
   try {
     const Quiet quiet;
@@ -155,7 +206,7 @@ void Step::start(const std::string& library) {
   }
 }
 
-void Step::use_threads() const {
+void VmStep::use_threads() const {
   thread_local int configured = 0;
   if (configured == threads_) return;
   const std::vector<int>& cpus = processors();
@@ -166,7 +217,7 @@ void Step::use_threads() const {
   configured = threads_;
 }
 
-ffi::Tensor Step::tensor(const Shape& shape, const DType& dtype, std::string_view bytes) const {
+ffi::Tensor VmStep::tensor(const Shape& shape, const DType& dtype, std::string_view bytes) const {
   static const ffi::Function allocate = ffi::Function::GetGlobalRequired("runtime.TVMTensorAllocWithScope");
   static const ffi::Function copy = ffi::Function::GetGlobalRequired("runtime.TVMTensorCopyFromBytes");
   auto made = allocate(ffi::Shape(shape.begin(), shape.end()), data_type(dtype), place_, nullptr).cast<ffi::Tensor>();
@@ -174,14 +225,14 @@ ffi::Tensor Step::tensor(const Shape& shape, const DType& dtype, std::string_vie
   return made;
 }
 
-std::string Step::bytes_of(const ffi::Tensor& tensor) const {
+std::string VmStep::bytes_of(const ffi::Tensor& tensor) const {
   static const ffi::Function copy = ffi::Function::GetGlobalRequired("runtime.TVMTensorCopyToBytes");
   std::string bytes(ffi::GetDataSize(tensor), '\0');
   if (!bytes.empty()) copy(tensor, static_cast<void*>(bytes.data()), static_cast<int64_t>(bytes.size()));
   return bytes;
 }
 
-std::vector<ffi::Tensor> Step::run(const Entry& entry, const Given& given, const Tensors& state) const {
+std::vector<ffi::Tensor> VmStep::run(const Entry& entry, const Given& given, const Tensors& state) const {
   use_threads();
   std::vector<ffi::AnyView> arguments;
   for (const TensorSpec& spec : entry.inputs) {
@@ -199,7 +250,7 @@ std::vector<ffi::Tensor> Step::run(const Entry& entry, const Given& given, const
 }
 
 // With what the compiled step has of the frozen weights: folded once, here, and not in every step.
-Step::Tensors Step::prepared(Tensors state) const {
+VmStep::Tensors VmStep::prepared(Tensors state) const {
   const Entry* entry = manifest_.find("prepare");
   if (!entry) return state;
   const std::vector<ffi::Tensor> made = run(*entry, {}, state);
@@ -207,7 +258,7 @@ Step::Tensors Step::prepared(Tensors state) const {
   return state;
 }
 
-SelectionState Step::initial_selection(const TensorFile& parameters) const {
+SelectionState VmStep::initial_selection(const TensorFile& parameters) const {
   SelectionState state;
   for (const Selection& chosen : manifest_.selections) {
     const std::string key = selection_key(chosen);
@@ -220,16 +271,7 @@ SelectionState Step::initial_selection(const TensorFile& parameters) const {
   return state;
 }
 
-std::vector<const TensorSpec*> Step::specs(const char* entry, Role role) const {
-  std::vector<const TensorSpec*> found;
-  const Entry& one = manifest_.entry(entry);
-  for (const TensorSpec& spec : role == Role::kOutput ? one.outputs : one.inputs) {
-    if (spec.role == role) found.push_back(&spec);
-  }
-  return found;
-}
-
-void Step::check_values(const TensorSpec& spec, std::string_view bytes) const {
+void VmStep::check_values(const TensorSpec& spec, std::string_view bytes) const {
   if (spec.dtype->kind == 'f') {
     check_finite(spec, bytes);
   } else if (spec.role == Role::kTarget && manifest_.loss.name == "cross_entropy") {
@@ -237,7 +279,7 @@ void Step::check_values(const TensorSpec& spec, std::string_view bytes) const {
   }
 }
 
-Step::Given Step::batch(const tvmtrain_array* inputs, const tvmtrain_array* targets) const {
+VmStep::Given VmStep::batch(const tvmtrain_array* inputs, const tvmtrain_array* targets) const {
   Given given;
   for (Role role : {Role::kInput, Role::kTarget}) {
     const tvmtrain_array* arrays = role == Role::kInput ? inputs : targets;
@@ -253,14 +295,14 @@ Step::Given Step::batch(const tvmtrain_array* inputs, const tvmtrain_array* targ
   return given;
 }
 
-void Step::add_channels(Given& given) const {
+void VmStep::add_channels(Given& given) const {
   for (const Selection& chosen : manifest_.selections) {
     const std::vector<int32_t> channels = chosen_channels(chosen, steps_, selection_);
     given[{Role::kChannels, chosen.weight}] = tensor({chosen.count}, *dtype_of(TVMTRAIN_INT32), view_of(channels));
   }
 }
 
-double Step::train(const tvmtrain_array* inputs, const tvmtrain_array* targets, double rate) {
+double VmStep::train(const tvmtrain_array* inputs, const tvmtrain_array* targets, double rate) {
   const Entry& entry = manifest_.entry("train_step");
   if (!std::isfinite(rate)) throw input_error("lr is " + std::to_string(rate) + "; want a finite number of 0 or more, or a negative one for the optimizer's");
   Given given = batch(inputs, targets);
@@ -283,7 +325,7 @@ double Step::train(const tvmtrain_array* inputs, const tvmtrain_array* targets, 
   return loss;
 }
 
-void Step::predict(const tvmtrain_array* inputs, const tvmtrain_array* outputs) const {
+void VmStep::predict(const tvmtrain_array* inputs, const tvmtrain_array* outputs) const {
   const Entry& entry = manifest_.entry("predict");
   const int64_t batch = manifest_.batch;
   const auto taken = specs("predict", Role::kInput), made = specs("predict", Role::kOutput);
@@ -319,7 +361,7 @@ void Step::predict(const tvmtrain_array* inputs, const tvmtrain_array* outputs) 
   }
 }
 
-void Step::save(const std::string& file) const {
+void VmStep::save(const std::string& file) const {
   std::map<std::string, std::string> kept;
   std::map<std::string, TensorView> state;
   for (const auto& [name, spec] : manifest_.state) {
@@ -332,7 +374,7 @@ void Step::save(const std::string& file) const {
   write_checkpoint(file, state, steps_, version == manifest_.versions.end() ? "unknown" : version->second);
 }
 
-void Step::restore(const std::string& path) {
+void VmStep::restore(const std::string& path) {
   const std::string where = "checkpoint " + path;
   Bytes data;
   try {
@@ -353,7 +395,7 @@ void Step::restore(const std::string& path) {
   steps_ = steps;
 }
 
-void Step::read(const std::string& name, const tvmtrain_array& array) const {
+void VmStep::read(const std::string& name, const tvmtrain_array& array) const {
   const auto tied = manifest_.aliases.find(name);
   const auto found = manifest_.state.find(tied == manifest_.aliases.end() ? name : tied->second);
   if (found == manifest_.state.end()) throw input_error("this model has no parameter or buffer '" + name + "'");
@@ -361,6 +403,17 @@ void Step::read(const std::string& name, const tvmtrain_array& array) const {
   checked_bytes(found->second, array);
   const std::string bytes = bytes_of(tensors_.at(found->first));
   if (!bytes.empty()) std::memcpy(array.data, bytes.data(), bytes.size());
+}
+
+std::unique_ptr<Step> Step::load(const std::string& folder, int threads) { return std::make_unique<VmStep>(folder, threads); }
+
+std::vector<const TensorSpec*> Step::specs(const char* entry, Role role) const {
+  std::vector<const TensorSpec*> found;
+  const Entry& one = manifest().entry(entry);
+  for (const TensorSpec& spec : role == Role::kOutput ? one.outputs : one.inputs) {
+    if (spec.role == role) found.push_back(&spec);
+  }
+  return found;
 }
 
 }  // namespace tt
