@@ -31,7 +31,9 @@ class Built:
     glibc: str
 
 
-def build(into: str | os.PathLike[str], libraries: str | os.PathLike[str] | None = None, cxx: Sequence[str] = ("c++",)) -> Built:
+def build(
+    into: str | os.PathLike[str], libraries: str | os.PathLike[str] | None = None, cxx: Sequence[str] = ("c++",)
+) -> Built:
     """Compile the runner and the C API and put them into the folder ``into``, as bin/, lib/ and include/.
 
     ``libraries``: folder with the ``LIBRARIES`` of the machine that they are for; None: those of this Python. Programs look for
@@ -42,7 +44,9 @@ def build(into: str | os.PathLike[str], libraries: str | os.PathLike[str] | None
         places = _own_libraries(Path(folder)) if libraries is None else Path(libraries)
         if missing := [name for name in LIBRARIES if not (places / name).exists()]:
             raise DeviceError(f"{places} lacks {', '.join(missing)}; want TVM's runtime libraries for the machine to build for")
-        compile_targets(Path(folder) / "build", ("all",), cxx, {"TVM_LIBRARIES": str(places), "TVM_FFI_INCLUDE": str(_headers())})
+        compile_targets(
+            Path(folder) / "build", ("all",), cxx, {"TVM_LIBRARIES": str(places), "TVM_FFI_INCLUDE": str(_headers())}
+        )
         _command("cmake", "--install", str(Path(folder) / "build"), "--prefix", str(into))
     server = into / SERVER
     made = [into / name for name in (RUNNER, LIBRARY)]
@@ -50,14 +54,22 @@ def build(into: str | os.PathLike[str], libraries: str | os.PathLike[str] | None
     return Built(made[0], made[1], into / HEADER, server if server.exists() else None, newest)
 
 
-def compile_targets(folder: Path, targets: Sequence[str], cxx: Sequence[str] = ("c++",), settings: dict[str, str] | None = None) -> None:
+def compile_targets(
+    folder: Path, targets: Sequence[str], cxx: Sequence[str] = ("c++",), settings: dict[str, str] | None = None
+) -> None:
     """Have CMake compile ``targets`` of the sources in ``folder``. Raises ``DeviceError``."""
     if shutil.which("cmake") is None:
         raise DeviceError("cmake is not installed; install the Debian package cmake, or pip install cmake")
     if shutil.which(cxx[0]) is None:
-        raise DeviceError(f"the C++ compiler {cxx[0]} is not installed; install the Debian package of that name, as g++-aarch64-linux-gnu")
+        raise DeviceError(
+            f"the C++ compiler {cxx[0]} is not installed; install the Debian package of that name, as g++-aarch64-linux-gnu"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    options = {"CMAKE_CXX_COMPILER": str(_wrapped(cxx, folder)), "TVMTRAIN_VERSION": metadata.version("tvmtrain"), **(settings or {})}
+    options = {
+        "CMAKE_CXX_COMPILER": str(_wrapped(cxx, folder)),
+        "TVMTRAIN_VERSION": metadata.version("tvmtrain"),
+        **(settings or {}),
+    }
     _command("cmake", "-S", str(SOURCES), "-B", str(folder), *(f"-D{name}={value}" for name, value in options.items()))
     _command("cmake", "--build", str(folder), "--parallel", str(os.cpu_count() or 1), "--target", *targets)
 
