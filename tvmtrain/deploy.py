@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import math
 import os
 import tarfile
 import tempfile
@@ -17,8 +16,6 @@ from importlib import metadata, resources
 from pathlib import Path
 from string import Template
 from typing import Any
-
-import numpy as np
 
 from tvmtrain import artifact, cuda_compiler, elf, native, targets, toolchain, wheels
 from tvmtrain.artifact import Manifest
@@ -39,7 +36,7 @@ GPU_LIBRARY = "libtvm_runtime_cuda.so"
 class Bundle:
     """What was written to ``path``; sizes in bytes. ``notes`` say what the board needs besides, or what was not possible.
 
-    ``weights`` is that part of ``unpacked`` that no packing makes smaller: the numbers of the model.
+    ``weights``: parameters and buffers, which packing hardly makes smaller; ``unpacked`` has them too, and the optimizer's state.
     """
 
     path: str
@@ -77,7 +74,7 @@ def deploy(
     data = pack(files, f"tvmtrain-{device.name}")
     artifact.write_file(Path(output), data)
     sizes = {name: len(files[name]) for name in sorted(files)}
-    weights = sum(math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in stored.manifest.state.values())
+    weights = sum(stored.manifest.state_bytes.get(role, 0) for role in artifact.MODEL_ROLES)
     return Bundle(str(output), device.name, len(data), sum(sizes.values()), weights, glibc, sizes, notes)
 
 
