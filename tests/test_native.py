@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 import tvmtrain as tt
-from tvmtrain import data, native
+from tvmtrain import data, elf, native, toolchain
 from tvmtrain.training import Rate, order
 
 pytestmark = [
@@ -475,6 +475,14 @@ def test_the_example_in_c(host: Path, tmp_path: Path) -> None:
     assert [float(line.split()[1]) for line in done.stdout.splitlines()] == pytest.approx(losses, abs=1e-6)
     step.restore(tmp_path / "now.safetensors")
     assert step.steps == 20
+
+
+def test_programs_start_on_systems_as_old_as_those_of_tvm(host: Path) -> None:
+    """JetPack 4, the oldest that is built for, has glibc 2.27 and the C++ library of gcc 7."""
+    for name in (native.RUNNER, native.LIBRARY):
+        found = elf.read((host / name).read_bytes(), name)
+        assert toolchain.version(found.glibc) <= (2, 27)
+        assert toolchain.version(found.libstdcxx) <= (3, 4, 24)
 
 
 def test_missing_tools_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 #include "data.h"
 
 #include <algorithm>
-#include <charconv>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -20,8 +19,8 @@ std::vector<float> numbers(const TensorFile& file, const char* name, size_t chan
   try {
     for (const Json& item : parse_json(found->second).items) {
       double value = NAN;
-      std::from_chars(item.text.data(), item.text.data() + item.text.size(), value);
-      values.push_back(static_cast<float>(value));
+      const bool good = item.kind == Json::Kind::kNumber && to_double(item.text, &value);
+      values.push_back(good ? static_cast<float>(value) : NAN);
     }
   } catch (const std::invalid_argument&) {
     values.clear();

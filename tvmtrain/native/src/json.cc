@@ -1,6 +1,10 @@
 #include "json.h"
 
+#include <locale.h>
+
+#include <clocale>
 #include <cstdio>
+#include <cstdlib>
 #include <stdexcept>
 
 namespace tt {
@@ -281,6 +285,15 @@ std::string quoted(std::string_view text) {
     }
   }
   return out + '"';
+}
+
+bool to_double(const std::string& text, double* value) {
+  // Not std::from_chars, which the C++ libraries of older boards lack.
+  static const locale_t plain = newlocale(LC_ALL_MASK, "C", nullptr);
+  if (text.empty() || text.find_first_not_of("0123456789+-.eE") != std::string::npos) return false;
+  char* end = nullptr;
+  *value = strtod_l(text.c_str(), &end, plain);
+  return end == text.c_str() + text.size();
 }
 
 }  // namespace tt

@@ -37,6 +37,9 @@ std::string canonical(const Json& value);
 // ``text`` (UTF-8) as a JSON string in ASCII, with its quotes.
 std::string quoted(std::string_view text);
 
+// The whole of ``text``, a decimal number, in whatever locale; false for anything else. One too large is infinite.
+bool to_double(const std::string& text, double* value);
+
 }  // namespace tt
 
 #endif

@@ -57,8 +57,7 @@ class Fields {
   double number(const std::string& key) const {
     const std::string& digits = get(key, Kind::kNumber).text;
     double value = 0;
-    const auto [stop, error] = std::from_chars(digits.data(), digits.data() + digits.size(), value);
-    if (error != std::errc()) fail(where_ + ": '" + key + "' is " + digits + ", which is no number of 64 bits");
+    if (!to_double(digits, &value)) fail(where_ + ": '" + key + "' is " + digits + ", which is no number of 64 bits");
     return value;
   }
 

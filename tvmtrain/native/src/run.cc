@@ -81,8 +81,7 @@ int64_t whole(const std::string& option, const std::string& text, int64_t least)
 
 double number(const std::string& option, const std::string& text) {
   double value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size() || !std::isfinite(value) || value < 0) throw Usage(option + " is '" + text + "'; want a number of 0 or more");
+  if (!tt::to_double(text, &value) || !std::isfinite(value) || value < 0) throw Usage(option + " is '" + text + "'; want a number of 0 or more");
   return value;
 }
 
