@@ -15,11 +15,14 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "spec": {"errors"},
     "costs": {"errors"},
-    "artifact": {"costs", "errors", "runtime"},  # the runtime only when an artifact in memory is loaded
-    "targets": {"errors"},
+    "features": set(),
+    "native": {"errors"},
+    "artifact": {"costs", "errors", "features", "runtime"},  # the runtime only when an artifact in memory is loaded
+    "targets": {"errors", "features"},
     "selection": {"artifact", "errors"},
     "gpu_code": {"errors"},
     "cuda_compiler": {"errors"},
+    "toolchain": {"errors", "targets"},
     "runtime": {"artifact", "errors", "gpu_code", "selection"},
     "console": set(),
     "data": {"artifact", "errors"},
@@ -55,11 +58,13 @@ ALLOWED: dict[str, set[str]] = {
     "pool_kernels": {"schedules", "strided"},
     "norm_kernels": {"operators", "schedules", "targets"},
     "registers": set(),
-    "codegen": {"cuda_compiler", "gpu_code", "registers", "targets"},
+    "elf": {"errors"},
+    "wheels": {"errors"},
+    "codegen": {"cuda_compiler", "features", "gpu_code", "registers", "targets", "toolchain"},
     "schedules": {"artifact", "errors", "targets"},
     "builder": {
-        *("artifact", "codegen", "costs", "graph", "lowering", "passes", "runtime", "spec", "summarize", "targets", "timeline"),
-        "workload",
+        *("artifact", "codegen", "costs", "cuda_compiler", "graph", "lowering", "passes", "runtime", "spec", "summarize"),
+        *("targets", "timeline", "workload"),
     },
 }
 # These join the rooms above for a person; they may use everything.
@@ -69,6 +74,7 @@ FRONT = {
     "cli",
     "oracle",
     "jobs",
+    "deploy",
     "describe",
     "verify",
     "quickstart",

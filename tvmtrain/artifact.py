@@ -25,6 +25,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors import numpy as tensor_file
 
+from tvmtrain import features
 from tvmtrain.costs import EntryMemory, Kernel, LayerCost, Memory, Timeline
 from tvmtrain.errors import ArtifactError, CheckpointError, DeviceError, StorageError
 
@@ -108,9 +109,9 @@ class Manifest:
     ``aliases`` maps tied names to the one name under which their state is kept; ``trained`` names the parameters that a step
     changes; ``lr`` is the rate when a call gives none; ``batch`` is the number of samples of a training step; ``unread`` is
     state that no entry takes and ``state_dict`` still owes; ``selections`` are the layers of which a step trains a share.
-    ``device`` is what the code was compiled for (``arch`` is checked), ``plan`` the update plan as TOML. ``memory``, ``costs``
-    (by layer, in the order in which the model uses them) and ``kernels`` (of ``train_step``, in the order of their first calls) are
-    what was known when the step was compiled.
+    ``device`` is what the code was compiled for (``arch`` and ``features``, names of ``tvmtrain.features``, are checked), ``plan`` the
+    update plan as TOML. ``memory``, ``costs`` (by layer, in the order in which the model uses them) and ``kernels`` (of ``train_step``,
+    in the order of their first calls) are what was known when the step was compiled.
     """
 
     entries: tuple[Entry, ...]
@@ -250,6 +251,14 @@ def read(folder: str | os.PathLike[str], *, foreign: bool = False) -> Stored:
     return Stored(manifest, state, places[LIBRARY])
 
 
+def contents(folder: str | os.PathLike[str]) -> dict[str, bytes]:
+    """The checked files of an artifact by their names, also those that a killed ``save`` left under another. Raises ``ArtifactError``."""
+    folder = Path(folder)
+    _, files = _read_manifest(folder / MANIFEST)
+    places = {name: _locate(folder, name, file) for name, file in files.items()}
+    return {name: _read_bytes(place) for name, place in {MANIFEST: folder / MANIFEST, **places}.items()}
+
+
 def on_gpu(manifest: Manifest) -> bool:
     """Whether the step was compiled for an NVIDIA GPU."""
     target = manifest.device.get("target", {})
@@ -257,12 +266,18 @@ def on_gpu(manifest: Manifest) -> bool:
 
 
 def check_machine(manifest: Manifest) -> None:
-    """Raise ``ArtifactError`` unless this process runs on the processor architecture that the step was compiled for."""
+    """Raise ``ArtifactError`` unless this process runs on a processor that has all that the step was compiled for."""
+    name = manifest.device.get("name", "?")
     wanted = _architecture(str(manifest.device.get("arch", "unknown")))
     if wanted != (here := machine()):
-        name = manifest.device.get("name", "?")
         raise ArtifactError(
             f"{LIBRARY} was compiled for {wanted} (device {name!r}) and this machine is {here}; build it for this machine"
+        )
+    has = features.offered()
+    if has is not None and (missing := [need for need in manifest.device.get("features", ()) if need not in has]):
+        raise ArtifactError(
+            f"{LIBRARY} was compiled for a newer processor (device {name!r}): this {here} lacks {', '.join(missing)}; "
+            "build it for this machine"
         )
 
 
@@ -622,6 +637,9 @@ def _check_entries(manifest: Manifest) -> None:
 
 def _check_settings(manifest: Manifest) -> None:
     """Names refer to state that exists; numbers are in their ranges."""
+    needs = manifest.device.get("features", [])
+    if not isinstance(needs, list | tuple) or any(type(need) is not str for need in needs):
+        raise ArtifactError(f"manifest: device: 'features' holds {needs!r}; want a list of str")
     for tied, name in manifest.aliases.items():
         if name not in manifest.state or tied in manifest.state:
             raise ArtifactError(f"alias {tied!r} of {name!r}: want a new name for existing state")

@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_profile(commands)
     _add_bench(commands)
     _add_tune(commands)
+    _add_deploy(commands)
     _add_devices(commands)
     return parser
 
@@ -247,6 +248,21 @@ def _add_tune(commands: Any) -> None:
     parser.add_argument("--trials", type=_positive, metavar="N", help="at most so many (default: as many as there is time for)")
     parser.add_argument("--threads", type=_positive, help="that a kernel is timed with (default: all physical cores)")
     parser.add_argument("--search-seed", type=_whole, default=0, help="of the decisions that are drawn (default: 0)")
+
+
+def _add_deploy(commands: Any) -> None:
+    parser = _command(commands, "deploy", _deploy, "pack a compiled step with all that a board needs to train")
+    parser.add_argument("artifact", metavar="ARTIFACT", type=Path, help="folder that `tvmtrain compile --device NAME` wrote")
+    parser.add_argument("--device", required=True, metavar="NAME", help="the board; `tvmtrain devices` lists them")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the bundle, a .tar.gz file")
+    parser.add_argument(
+        "--wheel",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a wheel of apache-tvm or apache-tvm-ffi for the board's processor (default: pip downloads them into a cache)",
+    )
 
 
 def _add_devices(commands: Any) -> None:
@@ -520,12 +536,23 @@ def _tune(options: argparse.Namespace, out: Console) -> Outcome:
     return Outcome(INTERRUPTED if found.interrupted else 0, found.to_dict())
 
 
+def _deploy(options: argparse.Namespace, out: Console) -> Outcome:
+    from tvmtrain import deploy
+
+    with out.working(f"packing {options.artifact} for {options.device}"):
+        bundle = deploy.deploy(options.artifact, options.device, options.output, options.wheel)
+    out.line(f"{bundle.path}: {size(bundle.packed)}, unpacked {size(bundle.unpacked)}, of which weights {size(bundle.weights)}")
+    out.table(("file", ">bytes"), [(name, f"{count:,}") for name, count in bundle.files.items()])
+    for note in bundle.notes:
+        out.line(f"note: {note}")
+    return Outcome(0, bundle.to_dict())
+
+
 def _devices(options: argparse.Namespace, out: Console) -> Outcome:
     from tvmtrain import describe
 
     found = describe.devices()
-    rows = [(d.name, d.description, d.arch, str(d.cores), "yes" if d.buildable else "no") for d in found]
-    out.table(("name", "device", "processor", ">cores", "built here"), rows)
+    describe.show_devices(found, out)
     return Outcome(0, [device.to_dict() for device in found])
 
 

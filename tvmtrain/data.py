@@ -8,6 +8,7 @@ another program can do the same: channels first; uint8 / 255; resized to the com
 from __future__ import annotations
 
 import functools
+import json
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import numpy as tensor_file
 
+from tvmtrain import artifact
 from tvmtrain.artifact import Manifest, TensorSpec
 from tvmtrain.errors import InputError
 
@@ -120,6 +123,26 @@ def load(
     if data.evaluation is None:
         raise InputError(f"{path}: no samples in it")
     return data
+
+
+def write(path: str | Path, dataset: Dataset) -> None:
+    """Write ``dataset`` as a safetensors file for ``tvmtrain-run``: a tensor for each input and target, by name.
+
+    Images stay bytes; the numbers to normalize them by lie beside them, in the file's metadata, as JSON. All else is written as
+    the step takes it. Raises ``StorageError``; an old file is intact.
+    """
+    pairs = zip((*dataset.inputs, *dataset.targets), dataset.specs, strict=True)
+    arrays = {spec.name: _stored(array, spec, dataset.normalization) for array, spec in pairs}
+    facts = {name: json.dumps(getattr(dataset.normalization, name)) for name in ("mean", "std")}
+    artifact.write_file(Path(path), tensor_file.save(arrays, facts))
+
+
+def _stored(samples: np.ndarray, spec: TensorSpec, normalization: Normalization) -> np.ndarray:
+    if samples.dtype == np.uint8 and spec.role == "input" and spec.dtype == "float32":
+        images = _channels_first(samples, spec)
+        if images.shape[1:] == spec.shape[1:]:
+            return np.ascontiguousarray(images)
+    return np.ascontiguousarray(prepare(samples, spec, normalization).astype(spec.dtype, copy=False))
 
 
 @dataclass(frozen=True)

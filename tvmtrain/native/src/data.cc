@@ -1,0 +1,115 @@
+#include "data.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+#include "error.h"
+#include "json.h"
+
+namespace tt {
+namespace {
+
+// The numbers of one metadata field: one, or one per channel.
+std::vector<float> numbers(const TensorFile& file, const char* name, size_t channels, float missing, const std::string& where) {
+  const auto found = file.facts.find(name);
+  if (found == file.facts.end()) return std::vector<float>(channels, missing);
+  std::vector<float> values;
+  try {
+    for (const Json& item : parse_json(found->second).items) {
+      double value = NAN;
+      const bool good = item.kind == Json::Kind::kNumber && to_double(item.text, &value);
+      values.push_back(good ? static_cast<float>(value) : NAN);
+    }
+  } catch (const std::invalid_argument&) {
+    values.clear();
+  }
+  if (values.size() == 1) values.resize(channels, values[0]);
+  const bool good = values.size() == channels && std::all_of(values.begin(), values.end(), [](float v) { return std::isfinite(v); });
+  if (!good) throw input_error(where + ": metadata '" + name + "' is " + found->second + "; want a list of 1 or " + std::to_string(channels) + " numbers");
+  return values;
+}
+
+// What each byte stands for, by channel, rounded as NumPy rounds it.
+std::vector<float> table(const TensorFile& file, size_t channels, const std::string& where) {
+  const std::vector<float> mean = numbers(file, "mean", channels, 0, where), deviation = numbers(file, "std", channels, 1, where);
+  std::vector<float> values;
+  for (size_t c = 0; c < channels; ++c) {
+    if (!(deviation[c] > 0)) throw input_error(where + ": metadata 'std' has " + std::to_string(deviation[c]) + "; want positive numbers");
+    for (int byte = 0; byte < 256; ++byte) values.push_back((static_cast<float>(byte) / 255.0f - mean[c]) / deviation[c]);
+  }
+  return values;
+}
+
+size_t inner(const Shape& shape, size_t from) {
+  size_t count = 1;
+  for (size_t i = from; i < shape.size(); ++i) count *= static_cast<size_t>(shape[i]);
+  return count;
+}
+
+}  // namespace
+
+Dataset::Dataset(std::string_view data, const Manifest& manifest, const std::string& where) {
+  TensorFile file;
+  try {
+    file = parse_tensors(data);
+  } catch (const std::invalid_argument& error) {
+    throw input_error(where + ": not a readable safetensors file (" + error.what() + ")");
+  }
+  const std::vector<TensorSpec>& taken = manifest.entry("train_step").inputs;
+  for (Role role : {Role::kInput, Role::kTarget}) {
+    for (const TensorSpec& spec : taken) {
+      if (spec.role == role) columns_.push_back(column(spec, file, manifest.batch, where));
+    }
+  }
+  if (count_ == 0) throw input_error(where + ": no samples in it");
+}
+
+Dataset::Column Dataset::column(const TensorSpec& spec, const TensorFile& file, int64_t batch, const std::string& where) {
+  const auto found = file.tensors.find(spec.name);
+  if (found == file.tensors.end()) throw input_error(where + ": no tensor named '" + spec.name + "', the step's " + role_name(spec.role));
+  const TensorView& tensor = found->second;
+  const bool scaled = tensor.dtype->code == TVMTRAIN_UINT8 && spec.dtype->code == TVMTRAIN_FLOAT32 && spec.role == Role::kInput;
+  if (tensor.dtype != spec.dtype && !scaled) {
+    throw input_error(where + ": '" + spec.name + "' is " + tensor.dtype->name + "; want " + spec.dtype->name +
+                      (spec.role == Role::kInput && spec.dtype->kind == 'f' ? ", or uint8 images" : ""));
+  }
+  const bool rows = !spec.shape.empty() && spec.shape[0] % batch == 0 && spec.shape[0] > 0 && !(spec.role == Role::kInput && spec.shape[0] != batch);
+  const int64_t each = rows ? spec.shape[0] / batch : 0;
+  const bool fits = rows ? tensor.shape.size() == spec.shape.size() && std::equal(spec.shape.begin() + 1, spec.shape.end(), tensor.shape.begin() + 1) && tensor.shape[0] % each == 0
+                         : tensor.shape == spec.shape;
+  if (!fits) throw input_error(where + ": '" + spec.name + "' has shape " + shown(tensor.shape) + "; want that of the step, " + shown(spec.shape) + ", with " + (rows ? "any number of samples" : "these very sizes"));
+  Column column{spec, tensor.bytes, rows ? inner(spec.shape, 1) * static_cast<size_t>(each) * tensor.dtype->bytes : 0, {}};
+  if (scaled && !tensor.bytes.empty()) column.ready = table(file, spec.shape.size() > 1 ? static_cast<size_t>(spec.shape[1]) : 1, where);
+  if (rows) {
+    const auto samples = static_cast<uint64_t>(tensor.shape[0] / each);
+    if (count_ && samples != count_) throw input_error(where + ": '" + spec.name + "' has " + std::to_string(samples) + " samples and others have " + std::to_string(count_));
+    count_ = samples;
+  }
+  return column;
+}
+
+void Dataset::append(const Column& column, uint64_t row, std::string& values) const {
+  const std::string_view stored = column.sample ? column.bytes.substr(static_cast<size_t>(row) * column.sample, column.sample) : column.bytes;
+  if (column.ready.empty()) {
+    values += stored;
+    return;
+  }
+  const size_t channels = column.ready.size() / 256, pixels = inner(column.spec.shape, 2);
+  const size_t start = values.size();
+  values.resize(start + stored.size() * sizeof(float));
+  for (size_t i = 0; i < stored.size(); ++i) {
+    const float value = column.ready[i / pixels % channels * 256 + static_cast<uint8_t>(stored[i])];
+    std::memcpy(values.data() + start + i * sizeof(float), &value, sizeof value);
+  }
+}
+
+std::string Dataset::batch(size_t i, const uint64_t* rows, size_t count) const {
+  const Column& column = columns_.at(i);
+  std::string values;
+  for (size_t j = 0; j < (column.sample ? count : 1); ++j) append(column, rows[j], values);
+  return values;
+}
+
+}  // namespace tt

@@ -1,0 +1,47 @@
+// Samples to train on: a safetensors file that stays on the disk and is read as batches need it.
+//
+// For every input and target of the step it has a tensor of that name with one row, or as many rows as the step has per sample,
+// for each of N samples: dtype and other sizes are those of the step. Images may be stored as bytes where the step takes float32:
+// then a sample is (x / 255 - mean) / std; the metadata "mean" and "std" are lists of numbers as JSON, one or one per channel
+// (axis 1), 0 and 1 without them. tvmtrain.data.write writes such files.
+#ifndef TVMTRAIN_DATA_H_
+#define TVMTRAIN_DATA_H_
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "manifest.h"
+#include "tensors.h"
+
+namespace tt {
+
+class Dataset {
+ public:
+  // The samples in ``data``, which has to outlive this. Throws an input error that begins with ``where``.
+  Dataset(std::string_view data, const Manifest& manifest, const std::string& where);
+
+  uint64_t size() const { return count_; }
+
+  // Array number ``i`` (inputs, then targets, as the step takes them) of the samples ``rows``.
+  std::string batch(size_t i, const uint64_t* rows, size_t count) const;
+
+ private:
+  struct Column {
+    TensorSpec spec;
+    std::string_view bytes;
+    size_t sample = 0;         // bytes of one, as stored; 0: all samples share the tensor
+    std::vector<float> ready;  // of bytes: the value of each, by channel
+  };
+
+  Column column(const TensorSpec& spec, const TensorFile& file, int64_t batch, const std::string& where);
+  void append(const Column& column, uint64_t row, std::string& values) const;
+
+  std::vector<Column> columns_;
+  uint64_t count_ = 0;
+};
+
+}  // namespace tt
+
+#endif

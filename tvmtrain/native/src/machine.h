@@ -1,0 +1,33 @@
+// The machine at hand: its architecture and features, processors, memory.
+#ifndef TVMTRAIN_MACHINE_H_
+#define TVMTRAIN_MACHINE_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "manifest.h"
+
+namespace tt {
+
+// Throws an artifact error unless this program runs where the code of ``device`` does: architecture and features of the processor.
+void check_machine(const Device& device);
+
+// The processors that this process may use, as they were at the first call: TVM's workers narrow those of the thread that starts them.
+const std::vector<int>& processors();
+
+// TVM_NUM_THREADS if set, else the physical cores among ``processors``; hyperthreads of one core count once.
+int default_threads();
+
+// Let this process use ``list`` alone, "0,4-7". Before anything else of this library. Throws an input error.
+void use_processors(const std::string& list);
+
+// MemAvailable of /proc/meminfo in bytes; 0 where it is not told.
+int64_t available_memory();
+
+// Bytes that training takes: the state and its file while they are loaded, then the state, what is made of it once, and a step.
+int64_t needed_memory(const Manifest& manifest, int threads);
+
+}  // namespace tt
+
+#endif
