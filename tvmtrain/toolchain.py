@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from tvmtrain.errors import DeviceError
@@ -41,7 +42,10 @@ class Toolchain:
     def link(self, library: str, objects: Sequence[str], options: Sequence[str] = ()) -> None:
         """Make the shared library ``library`` of object files. Raises ``RuntimeError`` with the linker's words."""
         command = [*self.cxx, "-shared", "-fPIC", "-s", "-o", library, *options, *objects]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise RuntimeError(f"{self.name}: {error.strerror}") from error
         if done.returncode:
             raise RuntimeError(f"{self.name}: {(done.stderr or done.stdout).strip()}")
 
@@ -114,10 +118,11 @@ def _gnu(cxx: str, triple: str) -> Toolchain:
     return Toolchain(name, triple, (c,), (cxx,), _glibc_of(cxx))
 
 
+@cache
 def _glibc_of(compiler: str) -> str:
     """The version that the compiler's C library tells of itself; where it does not, one that no device has."""
-    asked = subprocess.run([compiler, f"-print-file-name={C_LIBRARY}"], capture_output=True, text=True, check=False)
     try:
+        asked = subprocess.run([compiler, f"-print-file-name={C_LIBRARY}"], capture_output=True, text=True, check=False)
         text = Path(asked.stdout.strip()).read_bytes()
     except OSError:
         return "9999"
