@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from tvmtrain import targets
 from tvmtrain.errors import DeviceError
 from tvmtrain.targets import Device
 
@@ -81,14 +81,14 @@ def find(device: Device, *, glibc: str | None = None) -> Toolchain:
 
 def missing(device: Device) -> str:
     """What to install to link for ``device``."""
-    package = "g++" if _is_native(device) else DEBIAN_PACKAGE.format(triple=device.triple.replace("_", "-"))
+    package = "g++" if device.arch == targets.architecture() else DEBIAN_PACKAGE.format(triple=device.triple.replace("_", "-"))
     return f"install {package} (Debian, Ubuntu: apt-get install {package}) or {ZIG_PACKAGE} (pip install {ZIG_PACKAGE})"
 
 
 def installed(device: Device) -> Iterator[Toolchain]:
     """What there is here for ``device``, the best first."""
     triple = device.triple
-    if _is_native(device) and (found := _own()):
+    if device.arch == targets.architecture() and (found := _own()):
         yield _gnu(found, triple)
     elif program := shutil.which(f"{triple}-g++"):
         yield _gnu(program, triple)
@@ -99,11 +99,6 @@ def installed(device: Device) -> Iterator[Toolchain]:
 def version(text: str) -> tuple[int, ...]:
     """``2.31`` as numbers that compare."""
     return tuple(int(part) for part in re.findall(r"\d+", text))
-
-
-def _is_native(device: Device) -> bool:
-    here = platform.machine().lower().replace("amd64", "x86_64").replace("arm64", "aarch64")
-    return device.arch == here
 
 
 def _own() -> str | None:
