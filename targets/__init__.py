@@ -121,6 +121,11 @@ def load(name: str) -> Device:
     return Device.from_dict({"name": name, **values})
 
 
+def architecture() -> str:
+    """This machine's processor, as ``Device.arch`` spells it."""
+    return platform.machine().lower().replace("amd64", "x86_64").replace("arm64", "aarch64")
+
+
 def gpu(arch: str) -> Device:
     """The device ``cuda`` with a GPU of another architecture than this machine's, such as ``sm_90``."""
     device = load("cuda")
@@ -165,7 +170,7 @@ def _caches(values: Mapping[str, Any]) -> Caches:
 def _detect() -> dict[str, Any]:
     """What this machine is: the compiler's name for its processor, cores this process may use, caches, memory."""
     cores = len(_physical_cores())
-    arch = platform.machine().lower().replace("amd64", "x86_64").replace("arm64", "aarch64")
+    arch = architecture()
     target, bits = _host_target(arch, cores)
     registers = 16 if arch == "x86_64" and bits < 512 else 32
     return {

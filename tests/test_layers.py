@@ -59,6 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "norm_kernels": {"operators", "schedules", "targets"},
     "registers": set(),
     "elf": {"errors"},
+    "native": {"errors"},
     "wheels": {"errors"},
     "codegen": {"cuda_compiler", "features", "gpu_code", "registers", "targets", "toolchain"},
     "schedules": {"artifact", "errors", "targets"},

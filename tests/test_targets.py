@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
+import shlex
+from importlib import resources
+from pathlib import Path
 
 import pytest
 from tvm.target import Target
 
-from tvmtrain import features, targets
+from tvmtrain import cli, cuda_compiler, describe, features, targets, toolchain
 from tvmtrain.errors import DeviceError
 from tvmtrain.targets import Device
 
@@ -29,6 +33,47 @@ def test_a_raspberry_pi_has_four_cores_with_neon(name: str) -> None:
     assert (device.arch, device.gpu, device.cores, device.target["num-cores"]) == ("aarch64", None, 4, 4)
     assert (device.lanes(), device.vector_registers) == (4, 32)
     assert device.memory >= 2**30
+
+
+@pytest.mark.parametrize(
+    ("board", "mcpu", "arch", "toolkit"),
+    [
+        ("nano", "cortex-a57", "sm_53", "10.2"),
+        ("tx2", "cortex-a57", "sm_62", "10.2"),
+        ("xavier-nx", "carmel", "sm_72", "11.4"),
+        ("agx-xavier", "carmel", "sm_72", "11.4"),
+        ("orin-nano", "cortex-a78ae", "sm_87", "12.6"),
+        ("orin-nx", "cortex-a78ae", "sm_87", "12.6"),
+        ("agx-orin", "cortex-a78ae", "sm_87", "12.6"),
+    ],
+)
+def test_a_jetson_is_a_gpu_or_its_processor(board: str, mcpu: str, arch: str, toolkit: str) -> None:
+    gpu, processor = targets.load(f"jetson-{board}"), targets.load(f"jetson-{board}-cpu")
+    assert (gpu.gpu, gpu.cuda_toolkit, gpu.target["host"]["mcpu"]) == (arch, toolkit, mcpu)
+    assert (processor.gpu, processor.cuda_toolkit, processor.target["mcpu"]) == (None, "", mcpu)
+    same = ("arch", "triple", "memory", "system", "glibc", "libstdcxx")
+    assert [getattr(gpu, name) for name in same] == [getattr(processor, name) for name in same]
+    assert (processor.lanes(), processor.vector_registers) == (4, 32)
+
+
+@pytest.mark.parametrize("name", [name for name in targets.names() if name not in ("host", "cuda")])
+def test_a_file_tells_all_that_a_bundle_needs(name: str) -> None:
+    device = targets.load(name)
+    assert device.triple == f"{device.arch}-linux-gnu"
+    assert device.glibc
+    assert device.libstdcxx
+    assert device.system
+    assert bool(device.gpu) == bool(device.cuda_toolkit)
+    if device.gpu is None:
+        assert device.target["num-cores"] == device.cores
+
+
+@pytest.mark.parametrize("name", targets.names())
+def test_a_file_names_its_sources(name: str) -> None:
+    text = resources.files(targets).joinpath(f"{name}.toml").read_text()
+    comments = [line for line in text.splitlines() if line.startswith("#")]
+    assert comments
+    assert "Source" in text or "sources" in text or name in ("host", "cuda", "aarch64", "x86-64-v3")
 
 
 def test_host_is_this_machine() -> None:
@@ -57,6 +102,10 @@ def test_plain_values_round_trip_through_json() -> None:
         ({"name": "a", "target": {}}, "missing fields .'arch'"),
         ({"name": "a", "target": {"kind": "llvm"}, "arch": "x", "cores": 0}, "cores=0"),
         ({"name": "a", "target": {}, "arch": "x", "caches": {"l4": 1}}, "unknown caches .'l4'"),
+        ({"name": "a", "target": {"kind": "llvm"}, "arch": "x", "cores": "4"}, "cores is '4'; want int"),
+        ({"name": "a", "target": {"kind": "llvm"}, "arch": "x", "glibc": "new"}, "glibc='new'; want a version"),
+        ({"name": "a", "target": {"kind": "cuda", "host": {}}, "arch": "x"}, "target lacks arch"),
+        ({"name": "a", "target": {"mcpu": "generic"}, "arch": "x"}, "target lacks kind"),
     ],
 )
 def test_wrong_descriptions_are_refused(values: dict, message: str) -> None:
@@ -72,3 +121,37 @@ def test_instructions_a_virtual_machine_hides_are_not_used(monkeypatch: pytest.M
     assert device.vector_bits <= 256
     assert not {"-avx", "-avx2", "-fma", "-f16c"} & set(device.target["mattr"])
     assert {"-bmi2", "-popcnt"} <= set(device.target["mattr"])
+
+
+def test_devices_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "installed", lambda _: iter(()))
+    monkeypatch.setattr(cuda_compiler, "_candidates", lambda _: iter(()))
+    lines = {line.name: line for line in describe.devices()}
+    assert set(lines) == set(targets.names())
+    assert not any(line.buildable for line in lines.values())
+    assert "apt-get install g++-aarch64-linux-gnu" in lines["raspberry-pi-4b"].missing
+    assert "pip install nvidia-cuda-nvrtc-cu12" in lines["jetson-tx2"].missing
+    assert "install g++ " in lines["host"].missing
+
+
+def test_without_the_compiler_devices_are_listed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TVM_USE_RUNTIME_LIB", "1")
+    lines = {line.name: line for line in describe.devices()}
+    assert set(lines) == set(targets.names())
+    assert lines["jetson-orin-nx"].gpu == "sm_87"
+    assert {line.missing for line in lines.values()} == {"install the compiler (pip install 'tvmtrain[compile]')"}
+
+
+def test_the_pages_commands_are_commands() -> None:
+    text = (Path(__file__).resolve().parents[1] / "targets" / "README.md").read_text()
+    blocks = re.findall(r"^```sh\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    commands = [
+        shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line.startswith("tvmtrain ")
+    ]
+    parsed = [cli._parser().parse_args(words[1:]) for words in commands if "--rpc" not in words]
+    assert {options.device for options in parsed if hasattr(options, "device")} == {
+        "host",
+        "raspberry-pi-4b",
+        "jetson-orin-nano",
+    }
+    assert {options.command for options in parsed} == {"devices", "verify", "compile", "deploy"}

@@ -114,7 +114,7 @@ def test_many_kernels_are_compiled_in_parts_for_a_board_too(tmp_path: Path, monk
     assert elf.read((tmp_path / "lib.so").read_bytes(), "lib.so").arch == "aarch64"
 
 
-@needs_cross
+@pytest.mark.slow  # its first link compiles what it links with
 @pytest.mark.skipif(toolchain.importlib.util.find_spec("ziglang") is None, reason="ziglang is not installed (PyPI)")
 def test_zig_links_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toolchain.shutil, "which", lambda *_: None)

@@ -34,7 +34,7 @@ def build(graph: TrainGraph, device: str | Device = "host", *, gradients: bool =
     versions = _versions(device)
     if refusal := cuda_compiler.refusal(versions.get("cuda", ""), device.cuda_toolkit):
         warnings.warn(f"{device.name}: {refusal}", RuntimeWarning, stacklevel=2)
-    if device.arch == platform.machine():
+    if device.arch == targets.architecture():
         # The compiler evaluates constants on the pool that this thread will train with, and a pool cannot grow.
         runtime.use_threads(runtime.default_threads())
     # Layers' costs are read from the gradients, compiled or not.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from tvm.target import codegen as llvm
 from tvm_ffi import get_global_func, register_global_func
 from tvm_ffi.registry import remove_global_func
 
-from tvmtrain import cuda_compiler, gpu_code, registers, toolchain
+from tvmtrain import cuda_compiler, gpu_code, registers, targets, toolchain
 from tvmtrain import features as instruction_sets
 from tvmtrain.targets import Device
 from tvmtrain.toolchain import Toolchain
@@ -55,7 +54,7 @@ def tools(device: Device) -> Toolchain | None:
     """
     if device.gpu is not None:
         cuda_compiler.find(device.gpu, device.cuda_toolkit)
-    if device.arch == platform.machine():
+    if device.arch == targets.architecture():
         return next(toolchain.installed(device), None)
     return toolchain.find(device)
 

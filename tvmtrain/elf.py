@@ -7,12 +7,14 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 from tvmtrain.errors import DeviceError
 
 MACHINES = {62: "x86_64", 183: "aarch64"}
 _DYNAMIC, _VERNEED = 6, 0x6FFFFFFE
 _NEEDED = 1
+MOST = 4096  # versions of symbols in one file; TVM's libraries have a few dozen
 # e_machine and e_shoff, e_shentsize, e_shnum of a 64-bit little-endian file; a section's type, offset, size and link.
 _HEADER = struct.Struct("<4sBB10x2xH4x16xQ10xHH2x")
 _SECTION = struct.Struct("<4xI16xQQI20x")
@@ -45,7 +47,7 @@ def read(data: bytes, name: str) -> Elf:
     """What the file ``name`` with the content ``data`` asks for. Raises ``DeviceError`` if it is no 64-bit ELF file, or is damaged."""
     try:
         return _read(data)
-    except (struct.error, IndexError, ValueError) as error:
+    except (struct.error, IndexError, ValueError, OverflowError) as error:
         raise DeviceError(f"{name} is no sound native library or program of a 64-bit Linux ({error})") from error
 
 
@@ -61,7 +63,9 @@ def _read(data: bytes) -> Elf:
         if kind == _DYNAMIC:
             needed += _needed(data, start, length, strings)
         if kind == _VERNEED:
-            versions += _versions(data, start, strings)
+            versions += islice(_versions(data, start, strings), MOST + 1)
+    if len(versions) > MOST:
+        raise ValueError("it asks for too many versions")
     return Elf(MACHINES.get(machine, f"machine {machine}"), tuple(needed), tuple(sorted(set(versions))))
 
 
@@ -73,7 +77,7 @@ def _needed(data: bytes, start: int, length: int, strings: int) -> Iterator[str]
 
 def _versions(data: bytes, start: int, strings: int) -> Iterator[str]:
     """Elf64_Verneed entries, each with its Elf64_Vernaux; offsets lead to the next, 0 ends."""
-    while True:
+    for _ in range(MOST):
         _, count, _, first, following = struct.unpack_from("<HHIII", data, start)
         place = start + first
         for _ in range(count):
@@ -83,6 +87,7 @@ def _versions(data: bytes, start: int, strings: int) -> Iterator[str]:
         if not following:
             return
         start += following
+    raise ValueError("its list of versions does not end")
 
 
 def _text(data: bytes, start: int) -> str:

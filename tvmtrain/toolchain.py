@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import platform
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+from tvmtrain import targets
 from tvmtrain.errors import DeviceError
 from tvmtrain.targets import Device
 
@@ -41,7 +42,10 @@ class Toolchain:
     def link(self, library: str, objects: Sequence[str], options: Sequence[str] = ()) -> None:
         """Make the shared library ``library`` of object files. Raises ``RuntimeError`` with the linker's words."""
         command = [*self.cxx, "-shared", "-fPIC", "-s", "-o", library, *options, *objects]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise RuntimeError(f"{self.name}: {error.strerror}") from error
         if done.returncode:
             raise RuntimeError(f"{self.name}: {(done.stderr or done.stdout).strip()}")
 
@@ -77,14 +81,14 @@ def find(device: Device, *, glibc: str | None = None) -> Toolchain:
 
 def missing(device: Device) -> str:
     """What to install to link for ``device``."""
-    package = "g++" if _is_native(device) else DEBIAN_PACKAGE.format(triple=device.triple.replace("_", "-"))
+    package = "g++" if device.arch == targets.architecture() else DEBIAN_PACKAGE.format(triple=device.triple.replace("_", "-"))
     return f"install {package} (Debian, Ubuntu: apt-get install {package}) or {ZIG_PACKAGE} (pip install {ZIG_PACKAGE})"
 
 
 def installed(device: Device) -> Iterator[Toolchain]:
     """What there is here for ``device``, the best first."""
     triple = device.triple
-    if _is_native(device) and (found := _own()):
+    if device.arch == targets.architecture() and (found := _own()):
         yield _gnu(found, triple)
     elif program := shutil.which(f"{triple}-g++"):
         yield _gnu(program, triple)
@@ -95,11 +99,6 @@ def installed(device: Device) -> Iterator[Toolchain]:
 def version(text: str) -> tuple[int, ...]:
     """``2.31`` as numbers that compare."""
     return tuple(int(part) for part in re.findall(r"\d+", text))
-
-
-def _is_native(device: Device) -> bool:
-    here = platform.machine().lower().replace("amd64", "x86_64").replace("arm64", "aarch64")
-    return device.arch == here
 
 
 def _own() -> str | None:
@@ -114,10 +113,11 @@ def _gnu(cxx: str, triple: str) -> Toolchain:
     return Toolchain(name, triple, (c,), (cxx,), _glibc_of(cxx))
 
 
+@cache
 def _glibc_of(compiler: str) -> str:
     """The version that the compiler's C library tells of itself; where it does not, one that no device has."""
-    asked = subprocess.run([compiler, f"-print-file-name={C_LIBRARY}"], capture_output=True, text=True, check=False)
     try:
+        asked = subprocess.run([compiler, f"-print-file-name={C_LIBRARY}"], capture_output=True, text=True, check=False)
         text = Path(asked.stdout.strip()).read_bytes()
     except OSError:
         return "9999"
