@@ -222,7 +222,7 @@ class Artifact:
 
         with without_scope_log():
             module = self.executable.jit()
-        return runtime.TrainStep(module, self.manifest, self.state)
+        return runtime.TrainStep(runtime.here(module, self.manifest), self.manifest, self.state)
 
 
 @dataclass(frozen=True)
@@ -256,14 +256,22 @@ def on_gpu(manifest: Manifest) -> bool:
     return isinstance(target, Mapping) and target.get("kind") == "cuda"
 
 
-def check_machine(manifest: Manifest) -> None:
-    """Raise ``ArtifactError`` unless this process runs on the processor architecture that the step was compiled for."""
+def check_machine(manifest: Manifest, arch: str | None = None, where: str = "this machine") -> None:
+    """Raise ``ArtifactError`` unless the step was compiled for the processor architecture ``arch`` (None: this process's)."""
     wanted = _architecture(str(manifest.device.get("arch", "unknown")))
-    if wanted != (here := machine()):
+    if wanted != (here := machine() if arch is None else _architecture(arch)):
         name = manifest.device.get("name", "?")
         raise ArtifactError(
-            f"{LIBRARY} was compiled for {wanted} (device {name!r}) and this machine is {here}; build it for this machine"
+            f"{LIBRARY} was compiled for {wanted} (device {name!r}) and {where} is {here}; build it for {where}"
         )
+
+
+def memory_needed(manifest: Manifest) -> int:
+    """Bytes that a running step holds at least: state, what was made of the frozen part, and the entry that needs most beside."""
+    prepared = {spec.name: spec for entry in manifest.entries for spec in entry.outputs if spec.role == "prepared"}
+    made = sum(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in prepared.values())
+    most = max(entry.arena + entry.results + entry.workspace for entry in manifest.memory.entries.values())
+    return sum(manifest.state_bytes.values()) + made + most
 
 
 def machine() -> str:

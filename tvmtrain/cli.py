@@ -20,15 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 from tvmtrain.console import Console, flops, number, percent, size
 from tvmtrain.contestant import PEERS
-from tvmtrain.errors import InputError, TvmtrainError
+from tvmtrain.errors import InputError, RemoteError, TvmtrainError
 from tvmtrain.spec import OPTIMIZERS, Optimizer
 
 if TYPE_CHECKING:
     from tvmtrain.jobs import Job
+    from tvmtrain.remote import Board
     from tvmtrain.training import Run, Settings
 
 LOSSES = ("cross_entropy", "mse", "bce_with_logits")
 INTERRUPTED = 130
+SAVE_EVERY = 100  # steps between two checkpoints that come home from a board, unless --save-every says
 UNITS = {"KB": 2**10, "MB": 2**20}
 MODEL_HELP = "package.module:factory, path/to/file.py:factory, or a .pt2 or .onnx file"
 
@@ -102,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_profile(commands)
     _add_bench(commands)
     _add_tune(commands)
+    _add_serve(commands)
     _add_devices(commands)
     return parser
 
@@ -184,7 +187,41 @@ def _add_run(commands: Any) -> None:
     files.add_argument(
         "--weights", type=Path, metavar="FILE", help="write the final weights under PyTorch's names (safetensors)"
     )
+    _add_threads(parser)
+    board = _add_board(parser)
+    board.add_argument(
+        "--retries", type=_whole, default=5, help="attempts to go on when the board is lost, 10 s apart (default: %(default)s)"
+    )
+
+
+def _add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_positive, help="threads to compute with (default: all physical cores)")
+    parser.add_argument("--cores", type=_cores, metavar="LIST", help="processors they may run on: 0,2 or 4-7 (default: all)")
+
+
+def _add_board(parser: argparse.ArgumentParser) -> Any:
+    board = parser.add_argument_group("a board on the network", "on which `tvmtrain serve` or tvmtrain-serve runs")
+    board.add_argument("--rpc", metavar="HOST:PORT", help="of the board's server")
+    board.add_argument("--rpc-tracker", metavar="HOST:PORT", help="of a tracker that has boards: any free one")
+    board.add_argument("--key", "--rpc-key", default="", help="that the server was started with")
+    return board
+
+
+def _add_serve(commands: Any) -> None:
+    parser = _command(
+        commands, "serve", _serve, "let others train on this machine: TVM's RPC server, which runs code for whoever reaches it"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine's (default: %(default)s)"
+    )
+    parser.add_argument("--port", type=_port, default=9090, help="0: any that is free (default: %(default)s)")
+    parser.add_argument("--key", default="", help="that clients have to know; with a tracker, the kind of board")
+    parser.add_argument(
+        "--tracker", metavar="HOST:PORT", help="of TVM's tracker (python -m tvm.exec.rpc_tracker), to be found there"
+    )
+    parser.add_argument("--emulated", action="store_true", help="tell clients that times of this machine mean nothing")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="also write there what happens; clients' errors name it")
+    _add_threads(parser)
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -221,7 +258,8 @@ def _add_profile(commands: Any) -> None:
         "artifact", metavar="ARTIFACT", type=Path, help="folder that `tvmtrain compile` wrote, for this machine"
     )
     parser.add_argument("--repeat", type=_positive, default=30, metavar="N", help="steps to time (default: %(default)s)")
-    parser.add_argument("--threads", type=_positive, help="threads to compute with (default: all physical cores)")
+    _add_threads(parser)
+    _add_board(parser)
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write one step for chrome://tracing or ui.perfetto.dev")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the kernels under the roofline: .svg, .png or .pdf")
 
@@ -257,6 +295,26 @@ def _positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"got {text}, wanted 1 or more")
     return value
+
+
+def _port(text: str) -> int:
+    if not 0 <= (value := int(text)) < 2**16:
+        raise argparse.ArgumentTypeError(f"got {text}, wanted 0 to 65535")
+    return value
+
+
+def _cores(text: str) -> tuple[int, ...]:
+    """``0,2,4-7`` as numbers."""
+    found: list[int] = []
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            found += range(int(first), int(last or first) + 1)
+    except ValueError:
+        found = []
+    if not found or min(found) < 0 or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted numbers of processors, each once: 0,2 or 4-7")
+    return tuple(found)
 
 
 def _minutes(text: str) -> float:
@@ -360,9 +418,10 @@ def _optimizer(options: argparse.Namespace) -> Optimizer:
 
 
 def _run(options: argparse.Namespace, out: Console) -> Outcome:
-    from tvmtrain import data, runtime, training
+    from tvmtrain import data, training
 
-    step = runtime.load(options.artifact, options.threads)
+    board = _board(options)
+    step = _loaded(options, board)
     normalization = data.Normalization(options.mean, options.std)
     samples = data.load(options.data, step.manifest, keys=options.keys, normalization=normalization)
     samples = _with_evaluation(samples, options, step.manifest, normalization).limited(options.limit)
@@ -373,11 +432,52 @@ def _run(options: argparse.Namespace, out: Console) -> Outcome:
     if samples.train is None:
         raise InputError(f"{options.data}: holds test samples only; add --eval, or give samples to train on")
     _say_start(options, step, samples, out)
-    run = training.fit(step, samples.train, samples.test, _settings(options, step.manifest.lr), out)
+    if board is not None:
+        out.line(f"on board {board}, {board.facts.arch}{_emulated(board)}")
+    try:
+        run = training.fit(step, samples.train, samples.test, _settings(options, step.manifest.lr, board), out)
+    except RemoteError as error:
+        saved = _home(options)
+        raise RemoteError(
+            f"{error}; go on with: {_resume_command(options, str(saved))}" if saved.exists() else str(error)
+        ) from error
     if options.weights is not None:
         training.export_weights(step, options.weights)
     _say_end(options, run, out)
     return Outcome(INTERRUPTED if run.interrupted else 0, run.to_dict())
+
+
+def _board(options: argparse.Namespace) -> Board | None:
+    """A session with the board that --rpc or --rpc-tracker names; None without."""
+    if options.rpc is None and options.rpc_tracker is None:
+        if options.key:
+            raise UsageError("--key: needs --rpc or --rpc-tracker")
+        return None
+    from tvmtrain import remote
+
+    if options.rpc is not None and options.rpc_tracker is not None:
+        raise UsageError("--rpc, --rpc-tracker: want one of them")
+    if options.rpc is not None:
+        return remote.connect(options.rpc, options.key)
+    return remote.connect_through(options.rpc_tracker, options.key)
+
+
+def _loaded(options: argparse.Namespace, board: Board | None) -> Any:
+    """The artifact, started here or there."""
+    from tvmtrain import runtime
+
+    if board is not None:
+        return board.load(options.artifact, options.threads, options.cores or ())
+    return runtime.load(options.artifact, options.threads, options.cores)
+
+
+def _emulated(board: Board) -> str:
+    return f" (emulated: {board.facts.emulated}; no times)" if board.facts.emulated else ""
+
+
+def _home(options: argparse.Namespace) -> Path:
+    """Where checkpoints of a run on a board come home to."""
+    return options.save or options.artifact / "remote.safetensors"
 
 
 def _with_evaluation(samples: Any, options: argparse.Namespace, manifest: Any, normalization: Any) -> Any:
@@ -402,9 +502,14 @@ def _evaluate_only(step: Any, samples: Any, out: Console) -> Outcome:
     return Outcome(0, {"steps": step.steps, "loss": score.loss, "accuracy": score.accuracy, "samples": score.count})
 
 
-def _settings(options: argparse.Namespace, lr: float) -> Settings:
+def _settings(options: argparse.Namespace, lr: float, board: Board | None) -> Settings:
     from tvmtrain import training
 
+    there: dict[str, Any] = {"save": options.save, "save_every": options.save_every}
+    if board is not None:
+        again = training.Recovery(lambda: _loaded(options, _board(options)), options.retries, resume=options.resume)
+        there = {"save": _home(options), "save_every": options.save_every or SAVE_EVERY, "recovery": again}
+        there["timed"] = not board.facts.emulated
     return training.Settings(
         epochs=options.epochs,
         rate=training.Rate(
@@ -412,9 +517,8 @@ def _settings(options: argparse.Namespace, lr: float) -> Settings:
         ),
         shuffle=options.shuffle,
         seed=options.seed,
-        save=options.save,
-        save_every=options.save_every,
         rescue=options.artifact / "interrupted.safetensors",
+        **there,
     )
 
 
@@ -423,7 +527,7 @@ def _say_start(options: argparse.Namespace, step: Any, samples: Any, out: Consol
     out.line(f"{len(samples.train)} samples to train on{test}; batches of {step.manifest.batch}")
     if step.steps:
         out.line(f"resumed after step {step.steps}")
-    if options.save is None and options.weights is None:
+    if options.save is None and options.weights is None and options.rpc is None and options.rpc_tracker is None:
         out.line(
             "the trained weights will not be kept: add --save FILE (checkpoint) or --weights FILE (for PyTorch)", style="yellow"
         )
@@ -518,6 +622,17 @@ def _tune(options: argparse.Namespace, out: Console) -> Outcome:
     found = tuner.tune(graph, options.device, settings, out, command=shlex.join(["tvmtrain", *options.argv]))
     tuner.show(found, out)
     return Outcome(INTERRUPTED if found.interrupted else 0, found.to_dict())
+
+
+def _serve(options: argparse.Namespace, out: Console) -> Outcome:
+    # A server computes with what was compiled elsewhere.
+    os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
+    from tvmtrain import board, remote, serve
+
+    tracker = None if options.tracker is None else remote.Address.parse(options.tracker)
+    log = str(options.log.resolve()) if options.log is not None else ""
+    settings = board.Settings(options.threads, options.cores, options.emulated, log)
+    serve.serve(options.host, options.port, options.key, tracker, settings, out)
 
 
 def _devices(options: argparse.Namespace, out: Console) -> Outcome:

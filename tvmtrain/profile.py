@@ -29,6 +29,7 @@ from tvmtrain.artifact import Manifest, TensorSpec
 from tvmtrain.costs import Kernel
 from tvmtrain.errors import DeviceError, InputError
 from tvmtrain.roofline import Roofline
+from tvmtrain.runtime import Mark
 
 WARM_UP = 3
 SHOWN = 40
@@ -168,28 +169,16 @@ def _random(rng: np.random.Generator, spec: TensorSpec) -> np.ndarray:
 # Timing.
 
 
-class Watch:
-    """Notes (name, whether it begins, when the telling began, when it ended) of each call's two ends, in seconds."""
-
-    def __init__(self) -> None:
-        self.marks: list[tuple[str, bool, float, float]] = []
-
-    def note(self, _function: Any, name: str, before: bool, _result: Any, *_arguments: Any) -> int:
-        """For ``TrainStep.watched``."""
-        start = time.perf_counter()
-        self.marks.append((name, bool(before), start, time.perf_counter()))
-        return 0
-
-    def calls(self) -> list[Call]:
-        """Calls that called no other, in order, without the time of telling; none below 0."""
-        found = []
-        ended = None
-        for (name, before, start, end), (_, inner, stop, _) in itertools.pairwise(self.marks):
-            if before and not inner:
-                telling = start - ended if ended is not None else 0.0
-                found.append(Call(name, 1e6 * (stop - end - telling)))
-            ended = end
-        return found
+def calls_of(marks: Sequence[Mark]) -> list[Call]:
+    """Calls that called no other, in order, without the time of telling; none below 0."""
+    found = []
+    ended = None
+    for (name, before, start, end), (_, inner, stop, _) in itertools.pairwise(marks):
+        if before and not inner:
+            telling = start - ended if ended is not None else 0.0
+            found.append(Call(name, 1e6 * (stop - end - telling)))
+        ended = end
+    return found
 
 
 def _timed(step: runtime.TrainStep, data: Data, repeat: int, bar: console.Progress) -> tuple[list[float], list[list[Call]]]:
@@ -202,10 +191,9 @@ def _timed(step: runtime.TrainStep, data: Data, repeat: int, bar: console.Progre
             start = time.perf_counter()
             step(*data, lr=0.0)
             plain.append(time.perf_counter() - start)
-            watch = Watch()
-            with step.watched(watch.note):
+            with step.marked() as marks:
                 step(*data, lr=0.0)
-            watched.append(watch.calls())
+            watched.append(calls_of(marks))
             bar.advance(1, f"{1e3 * plain[-1]:.2f} ms")
     return plain, watched
 
