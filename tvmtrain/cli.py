@@ -627,11 +627,11 @@ def _tune(options: argparse.Namespace, out: Console) -> Outcome:
 def _serve(options: argparse.Namespace, out: Console) -> Outcome:
     # A server computes with what was compiled elsewhere.
     os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
-    from tvmtrain import board, remote, serve
+    from tvmtrain import remote, serve, session
 
     tracker = None if options.tracker is None else remote.Address.parse(options.tracker)
     log = str(options.log.resolve()) if options.log is not None else ""
-    settings = board.Settings(options.threads, options.cores, options.emulated, log)
+    settings = session.Settings(options.threads, options.cores, options.emulated, log)
     serve.serve(options.host, options.port, options.key, tracker, settings, out)
 
 

@@ -1,7 +1,7 @@
 """A training step on a board, driven from here: ``connect("pi:9090", key="K").load("out/")`` is a ``TrainStep`` like any other.
 
 The library goes there, the parameters and the optimizer's state stay there, a batch goes there at each step and a loss comes back.
-On the board runs ``tvmtrain serve`` or, without Python, ``tvmtrain-serve``; ``tvmtrain.board`` lists what is asked of them.
+On the board runs ``tvmtrain serve`` or, without Python, ``tvmtrain-serve``; ``tvmtrain.session`` lists what is asked of them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import numpy as np
 
 from tvmtrain import artifact, runtime
 from tvmtrain.artifact import Entry, Manifest
-from tvmtrain.board import PROTOCOL
 from tvmtrain.errors import DeviceError, RemoteError
 from tvmtrain.runtime import Mark, TrainStep
+from tvmtrain.session import PROTOCOL
 
 # Not before tvmtrain.runtime, which sees to it that TVM does not bring PyTorch along.
 from tvm import rpc  # isort: skip
@@ -122,7 +122,7 @@ class Board:
         return TrainStep(There(self, machine), stored.manifest, stored.state)
 
     def ask(self, name: str, *arguments: Any) -> Any:
-        """Call one of ``tvmtrain.board``'s functions. Raises ``RemoteError``."""
+        """Call one of ``tvmtrain.session``'s functions. Raises ``RemoteError``."""
         return self._remote(lambda: self._function(name)(*arguments))
 
     def keep(self, machine: int, value: np.ndarray) -> int:

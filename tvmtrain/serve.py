@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any, NoReturn
 
-from tvmtrain import board
+from tvmtrain import session
 from tvmtrain.console import Console
 from tvmtrain.errors import RemoteError
 from tvmtrain.remote import Address
@@ -46,7 +46,7 @@ class Listener:
             client.close()
 
 
-def serve(host: str, port: int, key: str, tracker: Address | None, settings: board.Settings, out: Console) -> NoReturn:
+def serve(host: str, port: int, key: str, tracker: Address | None, settings: session.Settings, out: Console) -> NoReturn:
     """Serve until the process ends. Raises ``RemoteError`` for an address that cannot be bound."""
     try:
         listener = Listener(host, port)
@@ -55,7 +55,7 @@ def serve(host: str, port: int, key: str, tracker: Address | None, settings: boa
             f"{host}:{port} cannot be bound: {error.strerror or error}; choose another --host or --port"
         ) from error
     _log_to(settings.log)
-    board.register(settings)
+    session.register(settings)
     out.line(WARNING, style="yellow")
     out.line(f"listening on {host}:{listener.port}")
     os.register_at_fork(after_in_child=_end_with_parent)

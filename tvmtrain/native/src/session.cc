@@ -1,5 +1,5 @@
-// The functions of a session. Python has the same in tvmtrain/board.py, where each is explained.
-#include "board.h"
+// The functions of a session. Python has the same in tvmtrain/session.py, where each is explained.
+#include "session.h"
 
 #include <elf.h>
 #include <sched.h>

@@ -10,7 +10,7 @@
     watch(machine, on), marks() -> JSON               the ends of the virtual machine's calls (``runtime.Mark``)
 
 Tensors stay on the board and a call names them by numbers: it takes one message, however many parameters a model has, and they are
-overwritten in place as anywhere. ``native/board.cc`` has the same for boards without Python.
+overwritten in place as anywhere. ``native/src/session.cc`` has the same for boards without Python.
 """
 
 from __future__ import annotations

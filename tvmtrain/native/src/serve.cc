@@ -26,7 +26,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "board.h"
+#include "session.h"
 
 namespace {
 
