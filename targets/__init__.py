@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,12 +16,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from tvmtrain import features
 from tvmtrain.errors import DeviceError
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+_KINDS: dict[str, type] = {"str": str, "int": int, "Mapping[str, Any]": Mapping}
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class Device:
 
     ``target`` is what ``tvm.target.Target`` accepts; ``arch`` is the processor's, beside a GPU too; ``cores`` are physical ones, or a
     GPU's multiprocessors; ``vector_bits`` and ``vector_registers`` describe one SIMD unit, or what a GPU's thread loads at once;
-    ``memory`` is in bytes, 0 where unknown.
+    ``memory`` is in bytes, 0 where unknown. What a bundle for the device has to keep to, "" where unknown: ``glibc`` and ``libstdcxx``
+    (the newest GLIBCXX_ that its C++ library has) are those of its usual ``system``, ``cuda_toolkit`` the CUDA that comes with it.
     """
 
     name: str
@@ -50,8 +56,13 @@ class Device:
     caches: Caches = field(default_factory=Caches)
     memory: int = 0
     description: str = ""
+    system: str = ""
+    glibc: str = ""
+    libstdcxx: str = ""
+    cuda_toolkit: str = ""
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         if self.cores < 1 or self.vector_bits < 64 or self.vector_registers < 8:
             raise DeviceError(
                 f"device {self.name!r}: cores={self.cores}, vector_bits={self.vector_bits}, vector_registers="
@@ -62,6 +73,12 @@ class Device:
     def gpu(self) -> str | None:
         """The architecture of the NVIDIA GPU that the kernels run on, such as ``sm_87``; None where a processor runs them."""
         return str(self.target["arch"]) if self.target.get("kind") == "cuda" else None
+
+    @property
+    def triple(self) -> str:
+        """The GNU name of what the processor's code is made for, such as ``aarch64-linux-gnu``; cross compilers begin with it."""
+        host = self.target["host"] if self.gpu else self.target
+        return str(host.get("mtriple", f"{self.arch}-linux-gnu"))
 
     def lanes(self, bits: int = 32) -> int:
         """How many elements of ``bits`` bits one vector register holds."""
@@ -110,6 +127,20 @@ def gpu(arch: str) -> Device:
     return replace(device, name=f"cuda-{arch}", target={**device.target, "arch": arch}, description=f"an NVIDIA GPU, {arch}")
 
 
+def _check_kinds(device: Device) -> None:
+    """Raise ``DeviceError`` for a field of the wrong kind, or a target without what the compiler asks of it."""
+    for f in fields(device):
+        kind, value = _KINDS.get(f.type if isinstance(f.type, str) else "", object), getattr(device, f.name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise DeviceError(f"device {device.name!r}: {f.name} is {value!r}; want {kind.__name__}")
+    versions = {name: getattr(device, name) for name in ("glibc", "libstdcxx", "cuda_toolkit")}
+    if wrong := [f"{name}={value!r}" for name, value in versions.items() if not re.fullmatch(r"(\d+(\.\d+)*)?", value)]:
+        raise DeviceError(f"device {device.name!r}: {', '.join(wrong)}; want a version such as 2.31")
+    wanted = {"cuda": {"arch", "host"}}.get(str(device.target.get("kind")), set())
+    if lacking := sorted(({"kind"} | wanted) - set(device.target)):
+        raise DeviceError(f"device {device.name!r}: its target lacks {', '.join(lacking)}")
+
+
 def _read(name: str) -> dict[str, Any]:
     text = resources.files(__name__).joinpath(f"{name}.toml").read_text(encoding="utf-8")
     try:
@@ -134,8 +165,8 @@ def _caches(values: Mapping[str, Any]) -> Caches:
 def _detect() -> dict[str, Any]:
     """What this machine is: the compiler's name for its processor, cores this process may use, caches, memory."""
     cores = len(_physical_cores())
-    target, bits = _host_target(cores)
     arch = platform.machine().lower().replace("amd64", "x86_64").replace("arm64", "aarch64")
+    target, bits = _host_target(arch, cores)
     registers = 16 if arch == "x86_64" and bits < 512 else 32
     return {
         "target": target,
@@ -161,35 +192,24 @@ def _with_gpu(described: Mapping[str, Any], machine: Mapping[str, Any]) -> dict[
     return {**described, **found, "target": target, "arch": machine["arch"]}
 
 
-def _host_target(cores: int) -> tuple[dict[str, Any], int]:
+def _host_target(arch: str, cores: int) -> tuple[dict[str, Any], int]:
     """The TVM target of this machine and its vector width in bits."""
     # Only a device that is detected needs the compiler; descriptions in TOML are read without it.
     from tvm.target import Target, codegen
 
     values: dict[str, Any] = {"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu(), "num-cores": cores}
     bits = max(128, int(codegen.llvm_get_vector_width(Target(values))))
+    if (offered := features.offered()) is None:
+        return values, bits
     # LLVM names a processor by family; a virtual machine may hide instructions that this family has.
-    known = _vector_features(codegen.llvm_get_cpu_features(Target(values)))
-    if hidden := sorted(known - _cpu_flags()):
+    known = {str(feature) for feature in codegen.llvm_get_cpu_features(Target(values))}
+    hidden = features.hidden(arch, known, offered)
+    if hidden:
         values["mattr"] = [f"-{feature}" for feature in hidden]
-    if _cpu_flags():
+    if arch == "x86_64":
         # LLVM's own vector width is this machine's, even where the family that it takes the processor for has narrower ones.
         bits = 512 if "avx512f" in known - set(hidden) else 256 if "avx" in known - set(hidden) else 128
     return values, bits
-
-
-def _vector_features(features: set[str]) -> set[str]:
-    """The instruction sets among LLVM's ``features`` that /proc/cpuinfo spells the same way."""
-    spelled_alike = {"avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-    return {str(f) for f in features} & spelled_alike if _cpu_flags() else set()
-
-
-def _cpu_flags() -> set[str]:
-    """Instruction sets the kernel reports on x86; empty elsewhere."""
-    for line in _text("/proc/cpuinfo").splitlines():
-        if line.startswith("flags"):
-            return set(line.split(":", 1)[1].split())
-    return set()
 
 
 def _physical_cores() -> set[str]:

@@ -48,7 +48,8 @@ def gpu() -> Iterator[Device]:
             if shutil.which("g++") is None:
                 pytest.skip("neither an NVIDIA GPU nor g++, which compiles for the emulated one")
             emulator.start()
-            patch.setattr(cuda_compiler, "compile_source", emulator.compile_source)
+            emulated = cuda_compiler.Compiler("emulator", "0.0", emulator.compile_source)
+            patch.setattr(cuda_compiler, "find", lambda *_: emulated)
         device = targets.load("cuda")
         # What starts the kernels is optimized no further: half of the time of a test.
         host = {**device.target["host"], "opt-level": 0}
@@ -156,7 +157,7 @@ def test_networks(gpu: Device, name: str) -> None:
 def test_without_a_gpu_the_error_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "load_gpu_runtime", lambda: None)
     monkeypatch.setattr(runtime.tvm, "cuda", lambda _: type("Nothing", (), {"exist": False}))
-    monkeypatch.setattr(cuda_compiler, "compile_source", lambda *_: b"code")
+    monkeypatch.setattr(cuda_compiler, "find", lambda *_: cuda_compiler.Compiler("none", "13.0", lambda *_: b"code"))
     with pytest.raises(DeviceError, match=r"NVIDIA GPU .device 'cuda-sm_90'.*libcuda.so.1.*libcudart"):
         tt.build(tt.trace(nn.Linear(3, 2), torch.randn(2, 3), torch.tensor([0, 1])), targets.gpu("sm_90")).load()
 

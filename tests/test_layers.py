@@ -15,16 +15,18 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "spec": {"errors"},
     "costs": {"errors"},
-    "artifact": {"costs", "errors", "runtime"},  # the runtime only when an artifact in memory is loaded
-    "targets": {"errors"},
+    "features": set(),
+    "artifact": {"costs", "errors", "features", "runtime"},  # the runtime only when an artifact in memory is loaded
+    "targets": {"errors", "features"},
     "selection": {"artifact", "errors"},
     "gpu_code": {"errors"},
     "cuda_compiler": {"errors"},
+    "toolchain": {"errors", "targets"},
     "runtime": {"artifact", "errors", "gpu_code", "selection"},
     "console": set(),
     "data": {"artifact", "errors"},
-    "session": {"artifact", "errors", "runtime"},
-    "remote": {"artifact", "errors", "runtime", "session"},
+    "session": {"artifact", "features", "errors", "runtime"},
+    "remote": {"artifact", "errors", "features", "runtime", "session"},
     "serve": {"console", "errors", "remote", "session"},
     "training": {"artifact", "console", "data", "errors", "runtime"},
     "philox": set(),
@@ -58,11 +60,11 @@ ALLOWED: dict[str, set[str]] = {
     "pool_kernels": {"schedules", "strided"},
     "norm_kernels": {"operators", "schedules", "targets"},
     "registers": set(),
-    "codegen": {"cuda_compiler", "gpu_code", "registers", "targets"},
+    "codegen": {"cuda_compiler", "features", "gpu_code", "registers", "targets", "toolchain"},
     "schedules": {"artifact", "errors", "targets"},
     "builder": {
-        *("artifact", "codegen", "costs", "graph", "lowering", "passes", "runtime", "spec", "summarize", "targets", "timeline"),
-        "workload",
+        *("artifact", "codegen", "costs", "cuda_compiler", "graph", "lowering", "passes", "runtime", "spec", "summarize"),
+        *("targets", "timeline", "workload"),
     },
 }
 # These join the rooms above for a person; they may use everything.

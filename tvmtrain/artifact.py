@@ -25,6 +25,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors import numpy as tensor_file
 
+from tvmtrain import features
 from tvmtrain.costs import EntryMemory, Kernel, LayerCost, Memory, Timeline
 from tvmtrain.errors import ArtifactError, CheckpointError, DeviceError, StorageError
 
@@ -108,9 +109,9 @@ class Manifest:
     ``aliases`` maps tied names to the one name under which their state is kept; ``trained`` names the parameters that a step
     changes; ``lr`` is the rate when a call gives none; ``batch`` is the number of samples of a training step; ``unread`` is
     state that no entry takes and ``state_dict`` still owes; ``selections`` are the layers of which a step trains a share.
-    ``device`` is what the code was compiled for (``arch`` is checked), ``plan`` the update plan as TOML. ``memory``, ``costs``
-    (by layer, in the order in which the model uses them) and ``kernels`` (of ``train_step``, in the order of their first calls) are
-    what was known when the step was compiled.
+    ``device`` is what the code was compiled for (``arch`` and ``features``, names of ``tvmtrain.features``, are checked), ``plan`` the
+    update plan as TOML. ``memory``, ``costs`` (by layer, in the order in which the model uses them) and ``kernels`` (of ``train_step``,
+    in the order of their first calls) are what was known when the step was compiled.
     """
 
     entries: tuple[Entry, ...]
@@ -256,13 +257,25 @@ def on_gpu(manifest: Manifest) -> bool:
     return isinstance(target, Mapping) and target.get("kind") == "cuda"
 
 
-def check_machine(manifest: Manifest, arch: str | None = None, where: str = "this machine") -> None:
-    """Raise ``ArtifactError`` unless the step was compiled for the processor architecture ``arch`` (None: this process's)."""
-    wanted = _architecture(str(manifest.device.get("arch", "unknown")))
-    if wanted != (here := machine() if arch is None else _architecture(arch)):
-        name = manifest.device.get("name", "?")
+def check_machine(
+    manifest: Manifest, arch: str | None = None, has: frozenset[str] | None = None, where: str = "this machine"
+) -> None:
+    """Raise ``ArtifactError`` unless the processor ``where`` has all that the step was compiled for.
+
+    arch, has: its architecture and its ``features`` (None: unknown); by default, this process's.
+    """
+    name = manifest.device.get("name", "?")
+    if arch is None:
+        arch, has = machine(), features.offered()
+    wanted, here = _architecture(str(manifest.device.get("arch", "unknown"))), _architecture(arch)
+    if wanted != here:
         raise ArtifactError(
             f"{LIBRARY} was compiled for {wanted} (device {name!r}) and {where} is {here}; build it for {where}"
+        )
+    if has is not None and (missing := [need for need in manifest.device.get("features", ()) if need not in has]):
+        raise ArtifactError(
+            f"{LIBRARY} was compiled for a newer processor (device {name!r}): {where}, {here}, lacks {', '.join(missing)}; "
+            f"build it for {where}"
         )
 
 
@@ -630,6 +643,9 @@ def _check_entries(manifest: Manifest) -> None:
 
 def _check_settings(manifest: Manifest) -> None:
     """Names refer to state that exists; numbers are in their ranges."""
+    needs = manifest.device.get("features", [])
+    if not isinstance(needs, list | tuple) or any(type(need) is not str for need in needs):
+        raise ArtifactError(f"manifest: device: 'features' holds {needs!r}; want a list of str")
     for tied, name in manifest.aliases.items():
         if name not in manifest.state or tied in manifest.state:
             raise ArtifactError(f"alias {tied!r} of {name!r}: want a new name for existing state")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 
@@ -10,7 +11,7 @@ import numpy as np
 import tvm
 from tvm.ir.transform import Sequential
 
-from tvmtrain import codegen, lowering, runtime, summarize, targets, workload
+from tvmtrain import codegen, cuda_compiler, lowering, runtime, summarize, targets, workload
 from tvmtrain.artifact import Artifact, Entry, Manifest, TensorSpec
 from tvmtrain.costs import EntryMemory, Kernel, LayerCost, Memory
 from tvmtrain.graph import TrainGraph
@@ -26,8 +27,13 @@ def build(graph: TrainGraph, device: str | Device = "host", *, gradients: bool =
 
     gradients: also compile an entry that returns every gradient (``TrainStep.gradients``), to compare with PyTorch.
     tuned: with the schedules that ``tvmtrain tune`` found for this device, where there are any.
+    Raises ``DeviceError``, before anything is compiled, where code for the device cannot be made here.
     """
     device = targets.load(device) if isinstance(device, str) else device
+    linker = codegen.tools(device)
+    versions = _versions(device)
+    if refusal := cuda_compiler.refusal(versions.get("cuda", ""), device.cuda_toolkit):
+        warnings.warn(f"{device.name}: {refusal}", RuntimeWarning, stacklevel=2)
     if device.arch == platform.machine():
         # The compiler evaluates constants on the pool that this thread will train with, and a pool cannot grow.
         runtime.use_threads(runtime.default_threads())
@@ -42,7 +48,8 @@ def build(graph: TrainGraph, device: str | Device = "host", *, gradients: bool =
     fused = lowering.fuse(module, device)
     planned = lowering.plan(lowering.schedule(fused, device, tuned=tuned))
     memory, kernels = _memory(planned, entries), workload.kernels(planned, fused)
-    return Artifact(_manifest(graph, device, entries, state, memory, costs, kernels), state, codegen.generate(planned, device))
+    code = codegen.Code(codegen.generate(planned, device), linker)
+    return Artifact(_manifest(graph, device, versions, entries, state, memory, costs, kernels), state, code)
 
 
 def packed(module: tvm.IRModule, device: Device) -> tvm.IRModule:
@@ -53,6 +60,7 @@ def packed(module: tvm.IRModule, device: Device) -> tvm.IRModule:
 def _manifest(
     graph: TrainGraph,
     device: Device,
+    versions: Mapping[str, str],
     entries: Sequence[Entry],
     state: Mapping[str, np.ndarray],
     memory: Memory,
@@ -73,8 +81,8 @@ def _manifest(
         loss=graph.loss,
         optimizer=optimizer_to_dict(graph.optimizer),
         plan=graph.plan.to_toml() if graph.plan is not None else None,
-        device=device.to_dict(),
-        versions=_versions(),
+        device=device.to_dict() | {"features": list(codegen.features(device))},
+        versions=versions,
         lr=graph.optimizer.lr,
         batch=graph.imported.batch,
         memory=memory,
@@ -85,9 +93,10 @@ def _manifest(
     )
 
 
-def _versions() -> dict[str, str]:
+def _versions(device: Device) -> dict[str, str]:
     packages = {"tvmtrain": "tvmtrain", "tvm": "apache-tvm", "torch": "torch"}
-    return {"python": platform.python_version()} | {name: metadata.version(package) for name, package in packages.items()}
+    cuda = {"cuda": cuda_compiler.find(device.gpu, device.cuda_toolkit).version} if device.gpu else {}
+    return {"python": platform.python_version()} | {name: metadata.version(p) for name, p in packages.items()} | cuda
 
 
 def _memory(planned: tvm.IRModule, entries: Iterable[Entry]) -> Memory:

@@ -639,8 +639,7 @@ def _devices(options: argparse.Namespace, out: Console) -> Outcome:
     from tvmtrain import describe
 
     found = describe.devices()
-    rows = [(d.name, d.description, d.arch, str(d.cores), "yes" if d.buildable else "no") for d in found]
-    out.table(("name", "device", "processor", ">cores", "built here"), rows)
+    describe.show_devices(found, out)
     return Outcome(0, [device.to_dict() for device in found])
 
 

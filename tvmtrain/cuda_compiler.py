@@ -23,7 +23,8 @@ from tvmtrain.errors import DeviceError
 
 # CUDA 12.9 is the last release that compiles for sm_50 to sm_72.
 PACKAGE = "nvidia-cuda-nvrtc-cu12"
-LIBRARIES = ("libnvrtc.so.13", "libnvrtc.so.12")
+PACKAGES = {12: PACKAGE, 11: "nvidia-cuda-nvrtc-cu11"}
+LIBRARIES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so.11.2")
 # TVM names a kernel's arguments after the model's parameters, and "0.weight" begins as no name in C may.
 _DIGIT_FIRST = re.compile(r"(?<![\w.])(?=\d+_[A-Za-z_])")
 
@@ -54,20 +55,25 @@ template <class> struct is_floating_point; template <bool, class> struct enable_
 
 @dataclass(frozen=True)
 class Compiler:
-    """``run`` makes machine code of a source, for an architecture."""
+    """``run`` makes machine code of a source, for an architecture; ``version`` is that of its CUDA, such as ``12.9``."""
 
     name: str
+    version: str
     run: Callable[[str, str], bytes]
 
 
-def compile_source(source: str, arch: str) -> bytes:
+def compile_source(source: str, arch: str, toolkit: str = "") -> bytes:
     """Machine code for ``arch`` (``sm_87``). Raises ``DeviceError`` where no installed compiler knows it, or it refuses the source."""
-    return find(arch).run(legal_names(source), arch)
+    return find(arch, toolkit).run(legal_names(source), arch)
 
 
-def find(arch: str) -> Compiler:
-    """The compiler for an architecture. Raises ``DeviceError``, naming what to install."""
-    for compiler in _candidates(arch):
+def find(arch: str, toolkit: str = "") -> Compiler:
+    """The compiler for an architecture, if there is one, one that suits the CUDA of the device.
+
+    Raises ``DeviceError``, naming what to install.
+    """
+    found = list(_candidates(arch))
+    for compiler in (*(c for c in found if suits(c.version, toolkit)), *found):
         return compiler
     raise DeviceError(
         f"no CUDA compiler for {arch} is installed: pip install {PACKAGE} (CUDA 12.9 compiles for sm_50 to sm_121), or put an "
@@ -75,18 +81,46 @@ def find(arch: str) -> Compiler:
     )
 
 
+def refusal(version: str, toolkit: str) -> str:
+    """Why a driver that came with CUDA ``toolkit`` may refuse code made by CUDA ``version``, and what to do; "" if it will not."""
+    if suits(version, toolkit):
+        return ""
+    return (
+        f"the GPU code was made by CUDA {version}, and the device's driver came with CUDA {toolkit}: drivers load code of their own "
+        f"major version and older; {_older(_major(toolkit))}"
+    )
+
+
+def suits(version: str, toolkit: str) -> bool:
+    """Whether a driver that came with CUDA ``toolkit`` ("": any) loads what CUDA ``version`` ("": nothing) makes.
+
+    NVIDIA promises that within one major version from 11 on, and for code of older ones.
+    """
+    return not toolkit or not version or _major(version) <= _major(toolkit)
+
+
+def _older(major: int) -> str:
+    if major in PACKAGES:
+        return f"pip install {PACKAGES[major]} here, and build again"
+    return f"put the nvcc of CUDA {major} on the PATH here (not tried: it may be too old for TVM's sources), or build for its processor"
+
+
 def legal_names(source: str) -> str:
     """The source with a letter before every name that begins with a digit."""
     return _DIGIT_FIRST.sub("v", source)
 
 
+def _major(version: str) -> int:
+    return int(version.partition(".")[0])
+
+
 def _candidates(arch: str) -> Iterator[Compiler]:
     if (nvcc := _nvcc()) and arch in _nvcc_architectures(nvcc):
-        yield Compiler(nvcc, partial(_run_nvcc, nvcc))
+        yield Compiler(nvcc, _nvcc_version(nvcc), partial(_run_nvcc, nvcc))
     for path in _nvrtc_libraries():
         library = _nvrtc(path)
         if library is not None and int(arch.removeprefix("sm_")) in _nvrtc_architectures(path):
-            yield Compiler(path, partial(_run_nvrtc, library))
+            yield Compiler(path, _nvrtc_version(library), partial(_run_nvrtc, library))
 
 
 # nvcc.
@@ -103,6 +137,14 @@ def _nvcc() -> str | None:
 def _nvcc_architectures(nvcc: str) -> tuple[str, ...]:
     found = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False)
     return tuple(found.stdout.split())
+
+
+@cache
+def _nvcc_version(nvcc: str) -> str:
+    """``release 12.9`` of what nvcc says of itself; where it does not, one that suits no device."""
+    found = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+    told = re.search(r"release (\d+\.\d+)", found.stdout)
+    return told.group(1) if told else "9999"
 
 
 def _run_nvcc(nvcc: str, source: str, arch: str) -> bytes:
@@ -135,6 +177,12 @@ def _nvrtc(path: str) -> ctypes.CDLL | None:
         return ctypes.CDLL(path)
     except OSError:
         return None
+
+
+def _nvrtc_version(library: ctypes.CDLL) -> str:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"
 
 
 @cache

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from tvmtrain import artifact, console, drawing, roofline
+from tvmtrain import artifact, console, drawing, roofline, targets
 from tvmtrain.artifact import Entry, Manifest, Selection, TensorSpec
 from tvmtrain.costs import EntryMemory, LayerCost, Memory
-from tvmtrain.errors import TvmtrainError
+from tvmtrain.errors import DeviceError, TvmtrainError
+from tvmtrain.targets import Device
 
 
 @dataclass(frozen=True)
@@ -217,43 +218,65 @@ def _panel(folder: Path, when: str) -> drawing.Panel:
 
 @dataclass(frozen=True)
 class DeviceLine:
-    """One device that there is a file for; ``buildable``: this machine can compile and link for it."""
+    """One device that there is a file for.
+
+    ``buildable``: this machine can compile and link for it; ``missing`` says what to install where it cannot. ``memory`` is in bytes, 0
+    where unknown; ``system`` is what usually runs there, ``cuda_toolkit`` the CUDA that comes with it.
+    """
 
     name: str
     description: str
     arch: str
     cores: int
+    gpu: str | None
+    memory: int
+    system: str
+    cuda_toolkit: str
     buildable: bool
+    missing: str
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
 
 
-def _compiles_for(gpu: str) -> bool:
-    from tvmtrain import cuda_compiler
-
-    try:
-        cuda_compiler.find(gpu)
-    except TvmtrainError:
-        return False
-    return True
-
-
 def devices() -> tuple[DeviceLine, ...]:
     """All devices in ``targets/``, those that this machine can build for first."""
-    from tvmtrain import targets
+    lines = [_device_line(name) for name in targets.names()]
+    return tuple(sorted(lines, key=lambda line: (not line.buildable, line.name)))
 
-    has_compiler = roofline.has_compiler()
-    lines = []
-    for name in targets.names():
-        if name in ("host", "cuda") and not has_compiler:
+
+def show_devices(lines: Sequence[DeviceLine], out: console.Console) -> None:
+    """Print ``lines``, and under the table what is missing."""
+    rows = [(d.name, d.description, d.arch, str(d.cores), d.gpu or "-", "yes" if d.buildable else "no") for d in lines]
+    out.table(("name", "device", "processor", ">cores", "gpu", "built here"), rows)
+    for missing in dict.fromkeys(d.missing for d in lines if d.missing):
+        names = ", ".join(d.name for d in lines if d.missing == missing)
+        out.line(f"for {names}: {missing}")
+
+
+def _device_line(name: str) -> DeviceLine:
+    if not roofline.has_compiler():
+        missing = "install the compiler (pip install 'tvmtrain[compile]')"
+        if name in ("host", "cuda"):
             description = "this machine" if name == "host" else "the NVIDIA GPU of this machine"
             cores = (os.cpu_count() or 1) if name == "host" else 0
-            lines.append(DeviceLine(name, description, artifact.machine(), cores, False))
-            continue
-        device = targets.load(name)
-        # Another processor's code can be generated here, but linking it takes that processor's linker.
-        buildable = has_compiler and device.arch == artifact.machine() and (device.gpu is None or _compiles_for(device.gpu))
-        lines.append(DeviceLine(name, device.description, device.arch, device.cores, buildable))
-    return tuple(sorted(lines, key=lambda line: (not line.buildable, line.name)))
+            return DeviceLine(name, description, artifact.machine(), cores, None, 0, "", "", False, missing)
+        return _line(targets.load(name), missing)
+    return _line(targets.load(name), _missing(targets.load(name)))
+
+
+def _line(device: Device, missing: str) -> DeviceLine:
+    d = device
+    facts = (d.name, d.description, d.arch, d.cores, d.gpu, d.memory, d.system, d.cuda_toolkit)
+    return DeviceLine(*facts, buildable=not missing, missing=missing)
+
+
+def _missing(device: Device) -> str:
+    """What to install before something can be built for ``device``; "" if nothing."""
+    from tvmtrain import codegen, toolchain
+
+    try:
+        return "" if codegen.tools(device) else toolchain.missing(device)
+    except DeviceError as error:
+        return str(error)

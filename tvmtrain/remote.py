@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from tvmtrain import artifact, runtime
+from tvmtrain import artifact, features, runtime
 from tvmtrain.artifact import Entry, Manifest
 from tvmtrain.errors import DeviceError, RemoteError
 from tvmtrain.runtime import Mark, TrainStep
@@ -64,11 +64,16 @@ class Facts:
     cores: int
     memory: int
     available: int
-    hwcap: tuple[int, ...]
+    hwcap: tuple[int, int]
     flags: str
     gpu: bool
     emulated: str
     log: str
+
+    @property
+    def features(self) -> frozenset[str] | None:
+        """Instruction sets (``tvmtrain.features``); None where it does not tell."""
+        return features.told(self.arch, self.hwcap, self.flags)
 
     @classmethod
     def parse(cls, text: str, where: str) -> Facts:
@@ -81,8 +86,8 @@ class Facts:
                 )
             kinds = {"server": str, "name": str, "arch": str, "cores": int, "memory": int, "available": int, "flags": str}
             values = {name: kind(told[name]) for name, kind in kinds.items()}
-            hwcap, log = tuple(map(int, told["hwcap"])), str(told.get("log", ""))
-            return cls(**values, hwcap=hwcap, gpu=bool(told["gpu"]), emulated=str(told["emulated"]), log=log)
+            (first, second), log = map(int, told["hwcap"]), str(told.get("log", ""))
+            return cls(**values, hwcap=(first, second), gpu=bool(told["gpu"]), emulated=str(told["emulated"]), log=log)
         except (ValueError, KeyError, TypeError) as error:
             raise RemoteError(
                 f"{where} tells of itself {text[:80]!r}, which this tvmtrain does not understand: {error}"
@@ -259,7 +264,7 @@ def check_tracker(tracker: Address, key: str) -> list[str]:
 def check(manifest: Manifest, board: Board) -> None:
     """Raise ``ArtifactError`` or ``DeviceError`` for a step that this board cannot run."""
     facts = board.facts
-    artifact.check_machine(manifest, facts.arch, f"board {board}")
+    artifact.check_machine(manifest, facts.arch, facts.features, f"board {board}")
     if artifact.on_gpu(manifest) and not facts.gpu:
         raise DeviceError(f"the step was compiled for an NVIDIA GPU, and the server of board {board} finds none there")
     runtime.check_memory(manifest, runtime.Memory(facts.memory, facts.available), f"board {board}")

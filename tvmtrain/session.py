@@ -15,7 +15,6 @@ overwritten in place as anywhere. ``native/src/session.cc`` has the same for boa
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import platform
@@ -28,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from tvmtrain import artifact, runtime
+from tvmtrain import artifact, features, runtime
 from tvmtrain.artifact import Entry
 from tvmtrain.errors import ArtifactError, DeviceError
 from tvmtrain.runtime import Here, Mark
@@ -38,8 +37,6 @@ from tvm_ffi import register_global_func  # isort: skip
 
 PROTOCOL = 1
 FILL = "tvm.contrib.random.random_fill_for_measure"
-# AT_HWCAP and AT_HWCAP2 of <elf.h>: what an ARM processor can do.
-HWCAP = (16, 26)
 ELF = b"\x7fELF"
 
 
@@ -162,8 +159,8 @@ def tell(settings: Settings) -> dict[str, Any]:
         "cores": len(settings.cores) if settings.cores else runtime.physical_cores(),
         "memory": memory.total,
         "available": memory.available,
-        "hwcap": _hwcap(),
-        "flags": _cpu_info("flags"),
+        "hwcap": features.words(),
+        "flags": features.flags(),
         "gpu": _has_gpu(),
         "emulated": emulated(settings),
         "log": settings.log,
@@ -200,15 +197,6 @@ def _has_gpu() -> bool:
         return bool(runtime.gpu())
     except DeviceError:
         return False
-
-
-def _hwcap() -> list[int]:
-    try:
-        getauxval = ctypes.CDLL(None).getauxval
-    except (OSError, AttributeError):
-        return [0, 0]
-    getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
-    return [getauxval(word) for word in HWCAP]
 
 
 def _cpu_info(name: str) -> str:

@@ -43,7 +43,7 @@ constexpr int kGreeting = 5;
 
 struct Options {
   std::string host = "127.0.0.1", port = "9090", key, tracker_host, tracker_port;
-  tvmtrain::Settings board;
+  tt::Settings board;
 };
 
 void Log(const std::string& text) { std::fprintf(stderr, "tvmtrain-serve: %s\n", text.c_str()); }
@@ -231,7 +231,7 @@ int RemoveOne(const char* path, const struct stat*, int, struct FTW*) { return r
 void RunSession(const Client& client, const Options& options, const std::string& folder) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);  // nobody else would end it
   if (client.timeout > 0) alarm(static_cast<unsigned>(std::ceil(client.timeout)));
-  tvmtrain::RegisterFunctions(options.board, folder);
+  tt::RegisterFunctions(options.board, folder);
   ffi::Function::GetGlobalRequired("rpc.ServerLoop")(client.socket.fd());
 }
 

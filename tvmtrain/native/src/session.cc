@@ -22,7 +22,7 @@
 #include <utility>
 #include <vector>
 
-namespace tvmtrain {
+namespace tt {
 namespace {
 
 namespace ffi = tvm::ffi;
@@ -333,4 +333,4 @@ void RegisterFunctions(const Settings& settings, const std::string& folder) {
   }
 }
 
-}  // namespace tvmtrain
+}  // namespace tt
