@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 LOSSES = ("cross_entropy", "mse", "bce_with_logits")
 INTERRUPTED = 130
+PAUSE = 10.0  # seconds between two attempts to find a lost board
 SAVE_EVERY = 100  # steps between two checkpoints that come home from a board, unless --save-every says
 UNITS = {"KB": 2**10, "MB": 2**20}
 MODEL_HELP = "package.module:factory, path/to/file.py:factory, or a .pt2 or .onnx file"
@@ -507,7 +508,7 @@ def _settings(options: argparse.Namespace, lr: float, board: Board | None) -> Se
 
     there: dict[str, Any] = {"save": options.save, "save_every": options.save_every}
     if board is not None:
-        again = training.Recovery(lambda: _loaded(options, _board(options)), options.retries, resume=options.resume)
+        again = training.Recovery(lambda: _loaded(options, _board(options)), options.retries, PAUSE, options.resume)
         there = {"save": _home(options), "save_every": options.save_every or SAVE_EVERY, "recovery": again}
         there["timed"] = not board.facts.emulated
     return training.Settings(

@@ -1,0 +1,430 @@
+"""Training on a board: the same bits as here, checkpoints come home, and whatever happens to a board is told by its name."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shlex
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import boards
+import numpy as np
+import pytest
+import torch
+import toy
+from boards import KEY, Server
+from torch import nn
+
+import tvmtrain as tt
+from tvmtrain import artifact, cli, remote, runtime
+from tvmtrain.errors import ArtifactError, DeviceError, InputError, NonFiniteLossError, RemoteError
+
+Start = Callable[..., Server]
+KINDS = ("python", "native")
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("boards")
+
+
+@pytest.fixture
+def start(shared: Path) -> Iterator[Start]:
+    """Starts servers that end with the test."""
+    with ExitStack() as alive:
+
+        def serve(kind: str, *options: str, **environment: str) -> Server:
+            if kind == "emulated":
+                environment = {"QEMU_CPU": "cortex-a72"} | environment
+                command = [*boards.emulated(shared), "--port", "0", "--key", KEY, *options]
+            else:
+                command = boards.in_python(*options) if kind == "python" else boards.native(shared, *options)
+            return alive.enter_context(boards.running(command, shared, **environment))
+
+        yield serve
+
+
+@pytest.fixture(scope="session")
+def toy_folder(shared: Path) -> Path:
+    return toy.artifact().save(shared / "toy")
+
+
+def batch(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((toy.BATCH, toy.FEATURES)).astype("float32"), rng.integers(0, toy.CLASSES, toy.BATCH)
+
+
+def assert_same_state(one: tt.TrainStep, other: tt.TrainStep) -> None:
+    mine, theirs = one.state_dict(), other.state_dict()
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
+
+
+def assert_same_checkpoints(one: Path, other: Path) -> None:
+    wanted = toy.manifest().state
+    (mine, steps), (theirs, others) = (artifact.read_checkpoint(path, wanted) for path in (one, other))
+    assert steps == others
+    for name in wanted:
+        np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
+
+
+# --- A step there is a step here ----------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """MobileNetV2's: narrow, wide, depthwise, narrow."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        wide = 4 * channels
+        self.conv = nn.Sequential(
+            *(nn.Conv2d(channels, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU6()),
+            *(nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False), nn.BatchNorm2d(wide), nn.ReLU6()),
+            *(nn.Conv2d(wide, out, 1, bias=False), nn.BatchNorm2d(out)),
+        )
+        self.residual = stride == 1 and channels == out
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv(x) if self.residual else self.conv(x)
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6()),
+        *(Block(8, 8, 1), Block(8, 12, 2)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(12, 5)),
+    )
+
+
+@functools.cache
+def build(device: str) -> tt.Artifact:
+    """The small MobileNetV2 with a filtered and a sparse plan for ``device``."""
+    torch.manual_seed(0)
+    model, x, y = network(), torch.randn(4, 3, 16, 16), torch.randint(0, 5, (4,))
+    graph = tt.trace(model, x, y, loss="cross_entropy", optimizer=tt.SGD(lr=0.05, momentum=0.9))
+    last = tt.UpdatePlan.last(graph.layers, 4, filter=2).layers
+    filtered = {
+        "4.conv.0": tt.LayerUpdate(weight=0.5, select="random"),
+        "4.conv.6": tt.LayerUpdate(weight=0.25, select="magnitude"),
+    }
+    assert set(filtered) <= set(last)
+    return tt.build(graph.apply(tt.UpdatePlan({**last, **filtered})), device)
+
+
+def batches(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    rng = np.random.default_rng(1)
+    return [(rng.standard_normal((4, 3, 16, 16)).astype("float32"), rng.integers(0, 5, 4)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_twenty_steps_have_the_same_bits(start: Start, kind: str, tmp_path: Path) -> None:
+    server = start(kind)
+    folder = build("host").save(tmp_path / "out")
+    here, there = runtime.load(folder, threads=1), remote.connect(server.address, KEY).load(folder, threads=1)
+    for x, y in batches(20):
+        assert there(x, y, lr=0.1) == here(x, y, lr=0.1)
+    np.testing.assert_array_equal(there.outputs[0], here.outputs[0])
+    assert_same_state(there, here)
+    x, y = batches(1)[0]
+    np.testing.assert_array_equal(there.predict(x[:3]), here.predict(x[:3]))
+    assert there.evaluate(x, y) == here.evaluate(x, y)
+    there.save(tmp_path / "there.safetensors")
+    here.restore(tmp_path / "there.safetensors")
+    assert here.steps == 20
+    assert here(x, y) == there(x, y)
+    there.load_state_dict(here.state_dict())
+    assert_same_state(there, here)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_wrong_with_data_stays_here(start: Start, kind: str, toy_folder: Path) -> None:
+    step = remote.connect(start(kind).address, KEY).load(toy_folder)
+    x, y = batch(0)
+    with pytest.raises(InputError, match=r"want 0\.\.2"):
+        step(x, y + 5)
+    before = step.state_dict()
+    np.testing.assert_array_equal(before["fc.weight"], runtime.load(toy_folder).state_dict()["fc.weight"])
+    step.load_state_dict(
+        before
+        | {"fc.weight": np.full_like(before["fc.weight"], np.inf), "head.weight": np.full_like(before["fc.weight"], np.inf)}
+    )
+    with pytest.raises(NonFiniteLossError):
+        step(x, y)
+    assert step.steps == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_board_keeps_no_tensor_that_nobody_has(start: Start, kind: str, toy_folder: Path) -> None:
+    server = start(kind)
+    board = remote.connect(server.address, KEY)
+    step = board.load(toy_folder)
+    taken = []
+    for i in range(40):
+        step(*batch(i))
+        (session,) = server.sessions()
+        taken.append(session.memory_info().rss)
+    assert board.numbers(1)[0] > 400, "so many have been"
+    alive = [n for n in range(board.numbers(1)[0]) if _is_there(board, n)]
+    state = len(step.manifest.state)
+    assert state <= len(alive) <= 3 * state + 10
+
+
+def _is_there(board: remote.Board, number: int) -> bool:
+    try:
+        board.ask("get", number)
+    except RemoteError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_calls_of_the_machine_there_are_those_here(start: Start, kind: str, toy_folder: Path) -> None:
+    there, here = remote.connect(start(kind).address, KEY).load(toy_folder), runtime.load(toy_folder)
+    found = []
+    for step in (there, here):
+        with step.marked() as marks:
+            step(*batch(0))
+        found.append([(name, before) for name, before, _, _ in marks])
+        assert all(start <= end for _, _, start, end in marks)
+    assert found[0] == found[1]
+    assert len(found[0]) > 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_are_those_that_were_asked_for(start: Start, kind: str, toy_folder: Path) -> None:
+    board = remote.connect(start(kind, "--threads", "1").address, KEY)
+    assert board.ask("threads", 0, "") == 1
+    board = remote.connect(start(kind).address, KEY)
+    cores = sorted(runtime._CPUS)
+    assert board.ask("threads", 2, str(cores[0])) == 2
+
+
+# --- Boards that are not what was wanted ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_key_is_refused_by_name(start: Start, kind: str) -> None:
+    address = start(kind).address
+    with pytest.raises(RemoteError, match=f"{address} has another key than 'other'"):
+        remote.connect(address, "other")
+    assert remote.connect(address, KEY).facts.arch == artifact.machine()
+
+
+def test_nobody_there() -> None:
+    with pytest.raises(RemoteError, match=r"127\.0\.0\.1:1 cannot be reached"):
+        remote.connect("127.0.0.1:1")
+    with pytest.raises(RemoteError, match=r"no tracker answers at 127\.0\.0\.1:1"):
+        remote.connect_through("127.0.0.1:1", KEY)
+    for text in ("nowhere", "host:", "host:99999", ":1"):
+        with pytest.raises(RemoteError, match="want host:port"):
+            remote.connect(text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_busy_server_is_told(start: Start, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = start(kind).address
+    first = remote.connect(address, KEY)
+    monkeypatch.setattr(remote, "GREETING", 0.5)
+    with pytest.raises(RemoteError, match="busy with another session"):
+        remote.connect(address, KEY)
+    assert first.facts.name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_that_says_nothing_or_nonsense_keeps_nobody_out(start: Start, kind: str) -> None:
+    port = start(kind).port()
+    silent = socket.create_connection(("127.0.0.1", port))
+    for nonsense in (b"GET / HTTP/1.1\r\n\r\n", bytes(4), b"\x71\xf2\x0f\x00\xff\xff\xff\x7f"):
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(nonsense)
+    assert remote.connect(f"127.0.0.1:{port}", KEY).facts.cores >= 1
+    silent.close()
+
+
+def test_an_artifact_of_another_processor_is_refused_before_it_travels(start: Start, tmp_path: Path) -> None:
+    folder = toy.artifact().save(tmp_path / "out")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    foreign = toy.manifest()
+    object.__setattr__(foreign, "device", {"name": "pi", "arch": "aarch64"})
+    artifact.Artifact(foreign, toy.state(), toy.executable("cross_entropy")).save(folder)
+    board = remote.connect(start("native").address, KEY)
+    with pytest.raises(ArtifactError, match=rf"compiled for aarch64 \(device 'pi'\) and board .* is {artifact.machine()}"):
+        board.load(folder)
+    assert manifest != json.loads((folder / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_library_of_another_processor_is_no_missing_file(start: Start, kind: str, tmp_path: Path) -> None:
+    board = remote.connect(start(kind).address, KEY)
+    foreign = bytearray((toy.artifact().save(tmp_path / "out") / "lib.so").read_bytes())
+    foreign[18:20] = (0xF3).to_bytes(2, "little")  # RISC-V
+    board._session.upload(foreign, "lib.so")
+    with pytest.raises(RemoteError, match=r"lib\.so has code for another processor"):
+        board.ask("start", "lib.so", False)
+
+
+def test_a_board_with_too_little_memory(toy_folder: Path) -> None:
+    manifest = artifact.read(toy_folder).manifest
+    assert artifact.memory_needed(manifest) > sum(manifest.state_bytes.values())
+    with pytest.raises(DeviceError, match=r"pi has 0\.0 of 1\.0 MiB available"):
+        runtime.check_memory(manifest, runtime.Memory(2**20, 10), "pi")
+    runtime.check_memory(manifest, runtime.Memory(0, 0), "unknown")
+    here = runtime.memory()
+    assert 0 < here.available <= here.total
+
+
+def test_emulation_is_told(start: Start) -> None:
+    for kind in KINDS:
+        assert remote.connect(start(kind).address, KEY).facts.emulated == ""
+        assert remote.connect(start(kind, "--emulated").address, KEY).facts.emulated == "--emulated"
+        assert "QEMU_CPU" in remote.connect(start(kind, QEMU_CPU="max").address, KEY).facts.emulated
+
+
+# --- Boards that go away ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lost_board_is_named_and_comes_back(start: Start, kind: str, toy_folder: Path) -> None:
+    server = start(kind)
+    step = remote.connect(server.address, KEY).load(toy_folder)
+    step(*batch(0))
+    server.end_session()
+    with pytest.raises(RemoteError, match=f"connection to board .*{server.address}.* is lost"):
+        step(*batch(1))
+    assert step.steps == 1
+    again = remote.connect(server.address, KEY).load(toy_folder)
+    assert again(*batch(0)) == runtime.load(toy_folder)(*batch(0))
+
+
+def test_a_board_that_hangs_is_given_up(start: Start, toy_folder: Path) -> None:
+    server = start("native")
+    step = remote.connect(server.address, KEY, answer=1.0).load(toy_folder)
+    (session,) = server.sessions()
+    session.suspend()
+    began = time.monotonic()
+    with pytest.raises(RemoteError, match="is lost"):
+        step(*batch(0))
+    assert time.monotonic() - began < 10
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    x, y = zip(*(batch(i) for i in range(10)), strict=True)
+    np.savez(tmp_path / "data.npz", x=np.concatenate(x), y=np.concatenate(y))
+    return tmp_path / "data.npz"
+
+
+def run_on(server: Server, folder: Path, data: Path, *options: str) -> int:
+    return cli.main(["run", str(folder), "--data", str(data), "--rpc", server.address, "--key", KEY, *options])
+
+
+def test_a_run_there_is_a_run_here(start: Start, toy_folder: Path, data: Path, tmp_path: Path, capsys) -> None:
+    server, home = start("python"), tmp_path / "home.safetensors"
+    assert run_on(server, toy_folder, data, "--epochs", "3", "--save", str(home), "--json") == 0
+    there = json.loads(capsys.readouterr().out)
+    assert (
+        cli.main(["run", str(toy_folder), "--data", str(data), "--epochs", "3", "--save", str(tmp_path / "h"), "--json"]) == 0
+    )
+    here = json.loads(capsys.readouterr().out)
+    assert there["steps"] == here["steps"] == 30
+    assert [e["loss"] for e in there["epochs"]] == [e["loss"] for e in here["epochs"]]
+    assert_same_checkpoints(home, tmp_path / "h")
+
+
+def test_a_run_goes_on_when_the_board_comes_back(
+    start: Start, toy_folder: Path, data: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    server, home = start("native"), tmp_path / "home.safetensors"
+    monkeypatch.setattr(cli, "PAUSE", 0.1)
+    ender = _ending(server, home, times=2)
+    assert run_on(server, toy_folder, data, "--epochs", "150", "--save", str(home), "--save-every", "5", "--json") == 0
+    ender.join(timeout=30)
+    out, err = capsys.readouterr()
+    assert json.loads(out)["steps"] == 1500
+    assert err.count("the board is back") >= 1
+    here = runtime.load(toy_folder)
+    here.restore(home)
+    assert here.steps == 1500
+    assert (
+        cli.main(["run", str(toy_folder), "--data", str(data), "--epochs", "150", "--save", str(tmp_path / "h"), "--json"]) == 0
+    )
+    assert_same_checkpoints(home, tmp_path / "h")
+
+
+def _ending(server: Server, home: Path, times: int) -> threading.Thread:
+    """Ends the board's session after a checkpoint has come home, so many times."""
+
+    def work() -> None:
+        for _ in range(times):
+            until = time.monotonic() + 20
+            before = home.stat().st_mtime_ns if home.exists() else 0
+            while time.monotonic() < until and not (home.exists() and home.stat().st_mtime_ns != before):
+                time.sleep(0.002)
+            server.end_session()
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_run_whose_board_stays_away_says_how_to_go_on(start, toy_folder, data, tmp_path, monkeypatch, capsys) -> None:
+    server, home = start("native"), tmp_path / "home.safetensors"
+    monkeypatch.setattr(cli, "PAUSE", 0.1)
+    address = server.address
+
+    def kill() -> None:
+        until = time.monotonic() + 20
+        while time.monotonic() < until and not home.exists():
+            time.sleep(0.002)
+        server.kill()
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    options = ["--epochs", "100000", "--save", str(home), "--save-every", "5", "--retries", "2"]
+    assert cli.main(["run", str(toy_folder), "--data", str(data), "--rpc", address, "--key", KEY, *options]) == 1
+    thread.join(timeout=30)
+    message = capsys.readouterr().err
+    assert address in message
+    last = int(re.search(r"The last step was (\d+)", message).group(1))
+    here = runtime.load(toy_folder)
+    here.restore(home)
+    assert 5 <= here.steps <= last < here.steps + 6
+    command = shlex.split(re.search(r"go on with: (tvmtrain run .*)", message).group(1))
+    assert command[-2:] == ["--resume", str(home)]
+
+
+# --- An emulated board ------------------------------------------------------------------------------------------------------
+
+
+def test_an_emulated_board_trains_as_this_machine_does(start: Start, tmp_path: Path) -> None:
+    server = start("emulated")
+    here = build("host").load()
+    board = remote.connect(server.address, KEY)
+    assert "qemu" in board.facts.emulated.lower()
+    assert board.facts.arch == "aarch64"
+    there = board.load(build("raspberry-pi-4b").save(tmp_path / "out"))
+    for x, y in batches(20):
+        assert there(x, y) == pytest.approx(here(x, y), abs=1e-4, rel=1e-4)
+    wanted = here.state_dict()
+    for name, value in there.state_dict().items():
+        np.testing.assert_allclose(value, wanted[name], rtol=1e-4, atol=1e-4 * max(1, np.abs(wanted[name]).max()), err_msg=name)
+
+
+def test_times_of_an_emulated_board_are_never_told(start: Start, toy_folder: Path, data: Path, capsys) -> None:
+    server = start("native", "--emulated")
+    assert run_on(server, toy_folder, data) == 0
+    out = capsys.readouterr().out
+    assert "no times" in out
+    assert not re.search(r"\d ms", out)
+    assert run_on(server, toy_folder, data, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ms_per_step"] is None
+    assert found["epochs"][0]["ms_per_step"] is None
