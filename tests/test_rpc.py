@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import shlex
@@ -19,6 +18,7 @@ import pytest
 import torch
 import toy
 from boards import KEY, Server
+from parity import quick_device
 from torch import nn
 
 import tvmtrain as tt
@@ -103,8 +103,7 @@ def network() -> nn.Module:
     )
 
 
-@functools.cache
-def build(device: str) -> tt.Artifact:
+def build(device: str | tt.Device) -> tt.Artifact:
     """The small MobileNetV2 with a filtered and a sparse plan for ``device``."""
     torch.manual_seed(0)
     model, x, y = network(), torch.randn(4, 3, 16, 16), torch.randint(0, 5, (4,))
@@ -123,10 +122,14 @@ def batches(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(rng.standard_normal((4, 3, 16, 16)).astype("float32"), rng.integers(0, 5, 4)) for _ in range(count)]
 
 
+@pytest.fixture(scope="session")
+def quick(shared: Path) -> Path:
+    return build(quick_device()).save(shared / "quick")
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_twenty_steps_have_the_same_bits(start: Start, kind: str, tmp_path: Path) -> None:
-    server = start(kind)
-    folder = build("host").save(tmp_path / "out")
+def test_twenty_steps_have_the_same_bits(start: Start, quick: Path, kind: str, tmp_path: Path) -> None:
+    server, folder = start(kind), quick
     here, there = runtime.load(folder, threads=1), remote.connect(server.address, KEY).load(folder, threads=1)
     for x, y in batches(20):
         assert there(x, y, lr=0.1) == here(x, y, lr=0.1)
@@ -151,10 +154,8 @@ def test_what_is_wrong_with_data_stays_here(start: Start, kind: str, toy_folder:
         step(x, y + 5)
     before = step.state_dict()
     np.testing.assert_array_equal(before["fc.weight"], runtime.load(toy_folder).state_dict()["fc.weight"])
-    step.load_state_dict(
-        before
-        | {"fc.weight": np.full_like(before["fc.weight"], np.inf), "head.weight": np.full_like(before["fc.weight"], np.inf)}
-    )
+    infinite = np.full_like(before["fc.weight"], np.inf)
+    step.load_state_dict(before | {"fc.weight": infinite, "head.weight": infinite})
     with pytest.raises(NonFiniteLossError):
         step(x, y)
     assert step.steps == 0
@@ -404,9 +405,9 @@ def test_a_run_whose_board_stays_away_says_how_to_go_on(start, toy_folder, data,
 # --- An emulated board ------------------------------------------------------------------------------------------------------
 
 
-def test_an_emulated_board_trains_as_this_machine_does(start: Start, tmp_path: Path) -> None:
+def test_an_emulated_board_trains_as_this_machine_does(start: Start, quick: Path, tmp_path: Path) -> None:
     server = start("emulated")
-    here = build("host").load()
+    here = runtime.load(quick)
     board = remote.connect(server.address, KEY)
     assert "qemu" in board.facts.emulated.lower()
     assert board.facts.arch == "aarch64"
