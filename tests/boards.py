@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -86,6 +87,23 @@ def running(command: Sequence[str], folder: Path, **environment: str) -> Iterato
 def in_python(*options: str) -> list[str]:
     """The command of ``tvmtrain serve``."""
     return [sys.executable, "-m", "tvmtrain", "serve", "--port", "0", "--key", KEY, *options]
+
+
+def tracker() -> list[str]:
+    """The command of TVM's tracker."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return [
+        sys.executable,
+        "-m",
+        "tvm.exec.rpc_tracker",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--port-end",
+        str(port + 1),
+    ]
 
 
 def native(folder: Path, *options: str) -> list[str]:

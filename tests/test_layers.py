@@ -78,6 +78,8 @@ FRONT = {
     "verify",
     "quickstart",
     "bench",
+    "board_bench",
+    "fleet",
     "contestant",
     "peers",
     "__init__",

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,10 +21,13 @@ import toy
 from boards import KEY, Server
 from parity import quick_device
 from torch import nn
+from tvm.s_tir import meta_schedule as ms
 
 import tvmtrain as tt
-from tvmtrain import artifact, cli, remote, runtime
+from tvmtrain import artifact, cli, fleet, remote, runtime, targets, trials, tuner
+from tvmtrain.console import Console
 from tvmtrain.errors import ArtifactError, DeviceError, InputError, NonFiniteLossError, RemoteError
+from tvmtrain.schedules import records
 
 Start = Callable[..., Server]
 KINDS = ("python", "native")
@@ -40,7 +44,9 @@ def start(shared: Path) -> Iterator[Start]:
     with ExitStack() as alive:
 
         def serve(kind: str, *options: str, **environment: str) -> Server:
-            if kind == "emulated":
+            if kind == "tracker":
+                command = boards.tracker()
+            elif kind == "emulated":
                 environment = {"QEMU_CPU": "cortex-a72"} | environment
                 command = [*boards.emulated(shared), "--port", "0", "--key", KEY, *options]
             else:
@@ -266,7 +272,7 @@ def test_a_library_of_another_processor_is_no_missing_file(start: Start, kind: s
     board = remote.connect(start(kind).address, KEY)
     foreign = bytearray((toy.artifact().save(tmp_path / "out") / "lib.so").read_bytes())
     foreign[18:20] = (0xF3).to_bytes(2, "little")  # RISC-V
-    board._session.upload(foreign, "lib.so")
+    board.session.upload(foreign, "lib.so")
     with pytest.raises(RemoteError, match=r"lib\.so has code for another processor"):
         board.ask("start", "lib.so", False)
 
@@ -429,3 +435,101 @@ def test_times_of_an_emulated_board_are_never_told(start: Start, toy_folder: Pat
     found = json.loads(capsys.readouterr().out)
     assert found["ms_per_step"] is None
     assert found["epochs"][0]["ms_per_step"] is None
+
+
+# --- Boards that share a search ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def records_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(records.VARIABLE, str(tmp_path / "records"))
+    monkeypatch.setattr(tuner, "TURNS", 1)
+    monkeypatch.setattr(trials, "CLOCK", ms.runner.EvaluatorConfig(number=1, repeat=1, min_repeat_ms=0))
+    return tmp_path / "records"
+
+
+@pytest.fixture
+def graph() -> tt.TrainGraph:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4))
+    return tt.trace(model, torch.randn(2, 3, 8, 8), torch.randint(0, 4, (2,)), loss="cross_entropy", optimizer=tt.SGD(lr=0.1))
+
+
+def search(tracker: Server, graph: tt.TrainGraph, device: str, count: int) -> tuner.Result:
+    found = fleet.gather(tracker.address, KEY, targets.load(device), 1)
+    return tuner.tune(graph, device, tuner.Settings(5, count, 1), Console(sys.stderr), boards=found)
+
+
+def test_two_boards_share_a_search(start: Start, graph: tt.TrainGraph, records_folder: Path) -> None:
+    tracker = start("tracker")
+    servers = [start(kind, "--tracker", tracker.address) for kind in KINDS]
+    for server in servers:
+        server.port()
+    wait_for(tracker, 2)
+    result = search(tracker, graph, "host", 14)
+    assert result.trials >= 12
+    assert result.failed == 0, result.error
+    assert all("session" in server.text() or "connected" in server.text() for server in servers)
+    taken = [len(re.findall("connected from|a session begins", server.text())) for server in servers]
+    assert min(taken) > 3, taken
+    assert (records_folder / "host" / "records.jsonl").exists()
+
+
+def wait_for(tracker: Server, count: int) -> None:
+    until = time.monotonic() + boards.START
+    while len(remote.boards(remote.Address.parse(tracker.address), KEY)) < count:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def test_a_board_that_is_killed_costs_a_retry(start: Start, graph: tt.TrainGraph, records_folder: Path) -> None:
+    tracker = start("tracker")
+    first, second = (start("native", "--tracker", tracker.address) for _ in range(2))
+    wait_for(tracker, 2)
+
+    def kill() -> None:
+        until = time.monotonic() + 60
+        while time.monotonic() < until and first.text().count("a session begins") < 3:
+            time.sleep(0.005)
+        first.kill()
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    result = search(tracker, graph, "host", 14)
+    thread.join(timeout=60)
+    assert first.process.poll() is not None
+    assert second.process.poll() is None
+    assert result.trials >= 12
+    assert result.failed == 0, result.error
+
+
+def test_a_search_without_boards_says_so(start: Start, graph: tt.TrainGraph, records_folder: Path, monkeypatch) -> None:
+    tracker = start("tracker")
+    with pytest.raises(RemoteError, match=f"no board under the key '{KEY}'"):
+        search(tracker, graph, "host", 1)
+    server = start("native", "--tracker", tracker.address)
+    wait_for(tracker, 1)
+    with pytest.raises(DeviceError, match="is for one kind of board"):
+        search(tracker, graph, "raspberry-pi-4b", 1)
+    found = fleet.gather(tracker.address, KEY, targets.load("host"), 1)
+    server.kill()
+    monkeypatch.setattr(fleet, "BACK", 0.5)
+    monkeypatch.setattr(remote, "GREETING", 2.0)
+    with pytest.raises(RemoteError, match="has no board under the key"):
+        fleet._wait_for(found)
+
+
+def test_a_search_on_an_emulated_board_keeps_no_times(start: Start, graph: tt.TrainGraph, records_folder: Path, capsys) -> None:
+    tracker = start("tracker")
+    server = start("emulated", "--tracker", tracker.address)
+    wait_for(tracker, 1)
+    result = search(tracker, graph, "raspberry-pi-4b", 6)
+    assert result.emulated
+    assert result.trials >= 6
+    assert result.failed == 0, result.error
+    assert result.before is None
+    assert not (records_folder / "raspberry-pi-4b").exists()
+    tuner.show(result, Console(sys.stderr))
+    told = capsys.readouterr().err
+    assert "no times" in told
+    assert not re.search(r"\d (us|ms)", told)
+    assert server.text().count("a session begins") > 5

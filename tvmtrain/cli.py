@@ -24,6 +24,7 @@ from tvmtrain.errors import InputError, RemoteError, TvmtrainError
 from tvmtrain.spec import OPTIMIZERS, Optimizer
 
 if TYPE_CHECKING:
+    from tvmtrain.fleet import Fleet
     from tvmtrain.jobs import Job
     from tvmtrain.remote import Board
     from tvmtrain.training import Run, Settings
@@ -273,6 +274,7 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("--threads", type=_positive, default=2, help="of each contestant (default: %(default)s)")
     peers = ",".join(PEERS)
     parser.add_argument("--peers", type=_peers, default=PEERS, metavar="NAMES", help=f"-cl: channels last (default: {peers})")
+    _add_board(parser)
     parser.add_argument("--anyway", action="store_true", help="measure on a busy machine, too: the result says so")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the result as JSON")
 
@@ -285,6 +287,11 @@ def _add_tune(commands: Any) -> None:
     parser.add_argument("--minutes", type=_minutes, default=10.0, help="of the whole search (default: %(default)s)")
     parser.add_argument("--trials", type=_positive, metavar="N", help="at most so many (default: as many as there is time for)")
     parser.add_argument("--threads", type=_positive, help="that a kernel is timed with (default: all physical cores)")
+    board = parser.add_argument_group("boards on the network", "of the kind of --device, that take trials side by side")
+    board.add_argument(
+        "--rpc-tracker", metavar="HOST:PORT", help="of the tracker that has them; each: tvmtrain serve --tracker .."
+    )
+    board.add_argument("--key", "--rpc-key", default="", help="that they have in common")
     parser.add_argument("--search-seed", type=_whole, default=0, help="of the decisions that are drawn (default: 0)")
 
 
@@ -588,8 +595,13 @@ def _profile(options: argparse.Namespace, out: Console) -> Outcome:
 
     if options.plot is not None:
         drawing.kind_of(options.plot)  # before minutes have gone by
-    found = profile.profile(options.artifact, out, repeat=options.repeat, threads=options.threads)
+    how = {"repeat": options.repeat, "threads": options.threads, "cores": options.cores, "board": _board(options)}
+    if options.plot is not None and how["board"] is not None:
+        raise UsageError("--plot: what a board can do at best is not known")
+    found = profile.profile(options.artifact, out, **how)
     profile.show(found, out)
+    if isinstance(found, profile.Untimed):
+        return Outcome(0, found.to_dict())
     if options.trace is not None:
         profile.write_trace(found, options.trace)
         out.line(f"one step for chrome://tracing: {options.trace}")
@@ -600,11 +612,17 @@ def _profile(options: argparse.Namespace, out: Console) -> Outcome:
 
 
 def _bench(options: argparse.Namespace, out: Console) -> Outcome:
-    from tvmtrain import artifact, bench
+    from tvmtrain import artifact, bench, board_bench
 
     options.lr = bench.RATE if options.lr is None else options.lr
     figures = (options.rounds, options.steps)
     settings = bench.Settings(*figures, threads=options.threads, peers=options.peers, anyway=options.anyway)
+    if (board := _board(options)) is not None:
+        measured = board_bench.bench(_job(options), settings, board, out)
+        board_bench.show(measured, out)
+        if options.output is not None:
+            artifact.write_file(options.output, json.dumps(measured.to_dict(), indent=1).encode())
+        return Outcome(0, measured.to_dict())
     found = bench.bench(_job(options), settings, out)
     bench.show(found, out)
     if options.output is not None:
@@ -617,12 +635,25 @@ def _tune(options: argparse.Namespace, out: Console) -> Outcome:
     from tvmtrain import jobs, tuner
 
     settings = tuner.Settings(options.minutes, options.trials, options.threads, options.search_seed)
+    boards = _boards(options, out)
     with out.working(f"tracing {options.model}"):
         job = _job(options)
         graph = jobs.trace(job, jobs.prepare(job))
-    found = tuner.tune(graph, options.device, settings, out, command=shlex.join(["tvmtrain", *options.argv]))
+    found = tuner.tune(graph, options.device, settings, out, command=shlex.join(["tvmtrain", *options.argv]), boards=boards)
     tuner.show(found, out)
     return Outcome(INTERRUPTED if found.interrupted else 0, found.to_dict())
+
+
+def _boards(options: argparse.Namespace, out: Console) -> Fleet | None:
+    """Those that --rpc-tracker has."""
+    if options.rpc_tracker is None:
+        return None
+    from tvmtrain import fleet, targets
+
+    with out.working(f"asking the boards of {options.rpc_tracker}"):
+        found = fleet.gather(options.rpc_tracker, options.key, targets.load(options.device), options.threads)
+    out.line(f"{len(found.names)} boards: {', '.join(found.names)}; {found.threads} threads")
+    return found
 
 
 def _serve(options: argparse.Namespace, out: Console) -> Outcome:

@@ -98,10 +98,11 @@ class Board:
     """A session with a board: it ends with this object, and the board forgets all of it."""
 
     def __init__(self, session: Any, where: str) -> None:
-        self._session, self.where = session, where
+        self.session, self.where = session, where
         self._functions: dict[str, Callable[..., Any]] = {}
         self._numbers = itertools.count()
         self._dropped: list[int] = []
+        self.threads = 0  # of the step that was loaded last
         self.facts = Facts.parse(str(self.ask("board")), where)
 
     def __str__(self) -> str:
@@ -121,14 +122,14 @@ class Board:
         """
         stored = artifact.read(path, foreign=True)
         check(stored.manifest, self)
-        self.ask("threads", threads or 0, ",".join(map(str, cores)))
-        self._remote(lambda: self._session.upload(str(stored.library), artifact.LIBRARY))
+        self.threads = int(self.ask("threads", threads or 0, ",".join(map(str, cores))))
+        self.remotely(lambda: self.session.upload(str(stored.library), artifact.LIBRARY))
         machine = int(self.ask("start", artifact.LIBRARY, artifact.on_gpu(stored.manifest)))
         return TrainStep(There(self, machine), stored.manifest, stored.state)
 
     def ask(self, name: str, *arguments: Any) -> Any:
         """Call one of ``tvmtrain.session``'s functions. Raises ``RemoteError``."""
-        return self._remote(lambda: self._function(name)(*arguments))
+        return self.remotely(lambda: self._function(name)(*arguments))
 
     def keep(self, machine: int, value: np.ndarray) -> int:
         """The number of a copy of ``value`` there."""
@@ -153,14 +154,15 @@ class Board:
     def _function(self, name: str) -> Callable[..., Any]:
         if name not in self._functions:
             try:
-                self._functions[name] = self._session.get_function(f"tvmtrain.{name}")
+                self._functions[name] = self.session.get_function(f"tvmtrain.{name}")
             except AttributeError as error:
                 raise RemoteError(
                     f"{self.where} is an RPC server without tvmtrain's functions; start `tvmtrain serve` (or tvmtrain-serve) there"
                 ) from error
         return self._functions[name]
 
-    def _remote(self, do: Callable[[], T]) -> T:
+    def remotely(self, do: Callable[[], T]) -> T:
+        """What ``do`` does with the session; what goes wrong there is a ``RemoteError`` that names the board and its log."""
         try:
             return do()
         except RemoteError:
@@ -230,13 +232,20 @@ def connect(address: str | Address, key: str = "", *, answer: float = ANSWER) ->
     return Board(session, where)
 
 
-def connect_through(tracker: str | Address, key: str, *, answer: float = ANSWER, wait: float = GREETING) -> Board:
-    """A session with a board that the tracker at ``host:port`` has under ``key``; wait: seconds for one to become free."""
+def connect_through(
+    tracker: str | Address, key: str, *, answer: float = ANSWER, wait: float = GREETING, limit: float = 0
+) -> Board:
+    """A session with a board that the tracker at ``host:port`` has under ``key``.
+
+    wait: seconds for one to become free; limit: seconds after which the board ends the session (0: never). Raises ``RemoteError``.
+    """
     tracker = Address.parse(tracker) if isinstance(tracker, str) else tracker
     check_tracker(tracker, key)
     before = _sockets()
     where = f"a board of {key!r} of tracker {tracker}"
-    session = _within(wait, lambda: rpc.connect_tracker(tracker.host, tracker.port).request(key), where, key)
+    session = _within(
+        wait, lambda: rpc.connect_tracker(tracker.host, tracker.port).request(key, session_timeout=limit), where, key
+    )
     _patience(_sockets() - before, answer)
     return Board(session, _peer(_sockets() - before) or where)
 

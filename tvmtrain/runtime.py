@@ -102,7 +102,12 @@ class _Moment:
 
 
 class Place(Protocol):
-    """What keeps a step's tensors and runs its entries: this machine, or a board at the other end of a connection."""
+    """What keeps a step's tensors and runs its entries: this machine, or a board at the other end of a connection.
+
+    ``seconds``: what the last call took there.
+    """
+
+    seconds: float
 
     def tensor(self, value: np.ndarray) -> Any:
         """A copy of ``value`` in the memory of what computes; its ``numpy()`` is one here."""
@@ -128,6 +133,7 @@ class Here:
         self._use_threads()
         self._machine = VirtualMachine(module, device)
         self._functions: dict[str, Any] = {}
+        self.seconds = 0.0
 
     def tensor(self, value: np.ndarray) -> Any:
         """As in ``Place``."""
@@ -135,7 +141,10 @@ class Here:
 
     def call(self, entry: Entry, arguments: Sequence[Any]) -> Sequence[Any]:
         """As in ``Place``."""
-        return self.function(entry.name)(*arguments)
+        function, start = self.function(entry.name), time.perf_counter()
+        results = function(*arguments)
+        self.seconds = time.perf_counter() - start
+        return results
 
     def function(self, name: str) -> Any:
         """The compiled function ``name``. Raises ``AttributeError`` where there is none."""
