@@ -437,6 +437,64 @@ def test_times_of_an_emulated_board_are_never_told(start: Start, toy_folder: Pat
     assert found["epochs"][0]["ms_per_step"] is None
 
 
+def test_a_profile_of_a_board(start: Start, quick: Path, capsys) -> None:
+    address = start("native").address
+    options = ["profile", str(quick), "--repeat", "3", "--threads", "1", "--rpc", address, "--key", KEY]
+    assert cli.main([*options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    manifest = artifact.read(quick).manifest
+    assert {k["name"]: k["calls"] for k in found["kernels"]} == {k.name: k.calls for k in manifest.kernels}
+    assert found["roofline"] is None
+    assert found["in_kernels"] > 0
+    assert cli.main(options) == 0
+    assert "is not known" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main([*options, "--plot", "roofline.svg"])
+
+
+def test_profile_and_bench_of_an_emulated_board_have_no_times(start: Start, quick: Path, tmp_path: Path, capsys) -> None:
+    address = start("native", "--emulated").address
+    there = ["--rpc", address, "--key", KEY]
+    assert cli.main(["profile", str(quick), *there, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kernels"] == {k.name: k.calls for k in artifact.read(quick).manifest.kernels}
+    (tmp_path / "small.py").write_text(
+        "import torch\ndef make():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)), torch.randn(3, 4)\n"
+    )
+    model = f"{tmp_path}/small.py:make"
+    assert cli.main(["bench", model, *there, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["step"], found["with_network"], found["emulated"]) == (None, None, "--emulated")
+    assert found["losses"][0] > 0
+    for command in (["profile", str(quick)], ["bench", model]):
+        assert cli.main([*command, *there]) == 0
+        told = capsys.readouterr().out
+        assert "emulated: no times" in told
+        assert not re.search(r"\d (us|ms)\b", told)
+    real = start("native").address
+    assert cli.main(["bench", model, "--rpc", real, "--key", KEY, "--steps", "3", "--rounds", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0 < found["step"]["median"] <= found["with_network"]["median"]
+
+
+def test_serve_is_a_command(shared: Path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--port", "70000"])
+    assert cli.main(["serve", "--tracker", "nowhere"]) == 1
+    assert "want host:port" in capsys.readouterr().err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert cli.main(["serve", "--port", str(taken.getsockname()[1])]) == 1
+    assert "cannot be bound" in capsys.readouterr().err
+    log = shared / "log.txt"
+    with boards.running(boards.in_python("--log", str(log)), shared) as server:
+        board = remote.connect(server.address, KEY)
+        assert board.facts.log == str(log)
+        assert "runs code for whoever reaches it" in server.text()
+        with pytest.raises(RemoteError, match=re.escape(f"its log is {log}")):
+            board.ask("get", 99)
+        assert "connected from" in log.read_text()
+
+
 # --- Boards that share a search ---------------------------------------------------------------------------------------------
 
 
@@ -459,6 +517,7 @@ def search(tracker: Server, graph: tt.TrainGraph, device: str, count: int) -> tu
     return tuner.tune(graph, device, tuner.Settings(5, count, 1), Console(sys.stderr), boards=found)
 
 
+@pytest.mark.slow
 def test_two_boards_share_a_search(start: Start, graph: tt.TrainGraph, records_folder: Path) -> None:
     tracker = start("tracker")
     servers = [start(kind, "--tracker", tracker.address) for kind in KINDS]
@@ -518,6 +577,7 @@ def test_a_search_without_boards_says_so(start: Start, graph: tt.TrainGraph, rec
         fleet._wait_for(found)
 
 
+@pytest.mark.slow
 def test_a_search_on_an_emulated_board_keeps_no_times(start: Start, graph: tt.TrainGraph, records_folder: Path, capsys) -> None:
     tracker = start("tracker")
     server = start("emulated", "--tracker", tracker.address)

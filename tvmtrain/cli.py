@@ -1,7 +1,7 @@
 """The command line: each command reads its options, calls one public function and prints what it returns.
 
 Exit codes: 0 done, 1 an error (or ``verify`` beyond its tolerance, ``bench`` of what is not the same), 2 wrong usage, 130 interrupted.
-``run``, ``inspect`` and ``profile`` need neither PyTorch nor the compiler: what a command needs is imported when it runs.
+``run``, ``inspect``, ``profile`` and ``serve`` need neither PyTorch nor the compiler: what a command needs is imported when it runs.
 """
 
 from __future__ import annotations
@@ -657,8 +657,9 @@ def _boards(options: argparse.Namespace, out: Console) -> Fleet | None:
 
 
 def _serve(options: argparse.Namespace, out: Console) -> Outcome:
-    # A server computes with what was compiled elsewhere.
-    os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
+    if "tvm" not in sys.modules:
+        # A server computes with what was compiled elsewhere.
+        os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
     from tvmtrain import remote, serve, session
 
     tracker = None if options.tracker is None else remote.Address.parse(options.tracker)
