@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import re
@@ -76,12 +77,19 @@ def running(command: Sequence[str], folder: Path, **environment: str) -> Iterato
     log = Path(tempfile.mkstemp(suffix=".log", dir=folder)[1])
     variables = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | environment
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=variables, start_new_session=True, cwd=folder)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, env=variables, start_new_session=True, cwd=folder, preexec_fn=_end_with_tests
+        )
     server = Server(process, log)
     try:
         yield server
     finally:
         server.kill()
+
+
+def _end_with_tests() -> None:
+    """A server ends with the tests' process, too, where that is killed before it can end the server."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def in_python(*options: str) -> list[str]:
