@@ -59,17 +59,16 @@ def test_operations_and_bytes_are_those_counted_by_hand(folder):
 
 def test_every_kernel_that_is_called_is_in_the_manifest(folder):
     step = runtime.load(folder)
-    watch = profile.Watch()
-    with step.watched(watch.note):
+    with step.marked() as marks:
         step(*profile.random_batch(step.manifest), lr=0.0)
     counted: dict[str, int] = {}
-    for call in watch.calls():
+    for call in profile.calls_of(marks):
         if not call.name.startswith("vm."):
             counted[call.name] = counted.get(call.name, 0) + 1
     assert counted == {kernel.name: kernel.calls for kernel in step.manifest.kernels}
-    told = len(watch.marks)
+    told = len(marks)
     step(*profile.random_batch(step.manifest), lr=0.0)
-    assert len(watch.marks) == told, "nobody watches any more"
+    assert len(marks) == told, "nobody watches any more"
 
 
 def test_kernels_take_no_longer_than_the_step(folder, monkeypatch):
@@ -94,20 +93,18 @@ def quiet():
 
 
 def test_telling_is_taken_off():
-    watch = profile.Watch()
     # (name, begins, telling began, telling ended): each telling takes 2 s, the kernel 5 s, the other call nothing.
-    watch.marks = [
+    marks = [
         *(("vm.builtin.null_value", True, 0.0, 1.0), ("vm.builtin.null_value", False, 3.0, 4.0)),
         *(("conv", True, 6.0, 7.0), ("conv", False, 14.0, 15.0)),
         *(("vm.builtin.copy", True, 17.0, 18.0), ("vm.builtin.copy", False, 20.0, 21.0)),
     ]
-    assert [(c.name, c.us) for c in watch.calls()][1:] == [("conv", 5e6), ("vm.builtin.copy", 0.0)]
+    assert [(c.name, c.us) for c in profile.calls_of(marks)][1:] == [("conv", 5e6), ("vm.builtin.copy", 0.0)]
 
 
 def test_calls_within_calls_count_once():
-    watch = profile.Watch()
-    watch.marks = [("f", True, 0, 0), ("g", True, 1, 1), ("g", False, 4, 4), ("f", False, 5, 5)]
-    assert watch.calls() == [Call("g", 2e6)]
+    marks = [("f", True, 0, 0), ("g", True, 1, 1), ("g", False, 4, 4), ("f", False, 5, 5)]
+    assert profile.calls_of(marks) == [Call("g", 2e6)]
 
 
 def test_the_roofline_is_the_lower_of_two_ceilings():
@@ -174,7 +171,7 @@ def test_a_manifest_names_each_kernel_once(folder):
 
 def test_a_gpus_code_is_not_timed(folder, monkeypatch):
     monkeypatch.setattr(artifact, "on_gpu", lambda manifest: True)
-    monkeypatch.setattr(runtime, "_place", lambda manifest: runtime.tvm.cpu())
+    monkeypatch.setattr(runtime, "device", lambda manifest: runtime.tvm.cpu())
     with pytest.raises(DeviceError, match="nsys"):
         profile.profile(folder, quiet())
 

@@ -523,7 +523,7 @@ runtime.use_threads(4)
 def test_zero_threads_are_refused():
     made = toy.artifact()
     with pytest.raises(InputError, match="threads is 0"):
-        runtime.TrainStep(made.executable.jit(), made.manifest, made.state, threads=0)
+        runtime.here(made.executable.jit(), made.manifest, threads=0)
 
 
 # Cost.

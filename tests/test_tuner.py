@@ -250,15 +250,15 @@ def test_a_kernel_that_crashes_is_a_failed_trial(folder: Path, tmp_path: Path) -
 
 def test_an_interrupt_keeps_what_was_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuner, "FASTER", 2.0)
-    whole, calls = trials.Stopwatch.run, []
+    whole, calls = trials.Stopwatch.run_all, []
 
-    def run(self, candidate, built):
-        calls.append(candidate)
+    def run_all(self, pairs):
+        calls.append(pairs)
         if len(calls) == 15:
             raise KeyboardInterrupt
-        return whole(self, candidate, built)
+        return whole(self, pairs)
 
-    monkeypatch.setattr(trials.Stopwatch, "run", run)
+    monkeypatch.setattr(trials.Stopwatch, "run_all", run_all)
     result = search(500)
     assert result.interrupted
     assert result.steps is None

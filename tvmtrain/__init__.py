@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tvmtrain.builder import build
     from tvmtrain.errors import TvmtrainError
     from tvmtrain.graph import TrainGraph, trace
+    from tvmtrain.remote import Board, connect
     from tvmtrain.runtime import TrainStep, load
     from tvmtrain.spec import SGD, Adam, AdamW, LayerUpdate, UpdatePlan
     from tvmtrain.targets import Device
@@ -21,6 +22,7 @@ _HOMES = {
     "Adam": "spec",
     "AdamW": "spec",
     "Artifact": "artifact",
+    "Board": "remote",
     "Device": "targets",
     "LayerUpdate": "spec",
     "SGD": "spec",
@@ -29,6 +31,7 @@ _HOMES = {
     "TvmtrainError": "errors",
     "UpdatePlan": "spec",
     "build": "builder",
+    "connect": "remote",
     "load": "runtime",
     "trace": "graph",
 }
@@ -38,6 +41,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "Artifact",
+    "Board",
     "Device",
     "LayerUpdate",
     "TrainGraph",
@@ -45,6 +49,7 @@ __all__ = [
     "TvmtrainError",
     "UpdatePlan",
     "build",
+    "connect",
     "load",
     "trace",
 ]

@@ -223,7 +223,7 @@ class Artifact:
 
         with without_scope_log():
             module = self.executable.jit()
-        return runtime.TrainStep(module, self.manifest, self.state)
+        return runtime.TrainStep(runtime.here(module, self.manifest), self.manifest, self.state)
 
 
 @dataclass(frozen=True)
@@ -265,20 +265,34 @@ def on_gpu(manifest: Manifest) -> bool:
     return isinstance(target, Mapping) and target.get("kind") == "cuda"
 
 
-def check_machine(manifest: Manifest) -> None:
-    """Raise ``ArtifactError`` unless this process runs on a processor that has all that the step was compiled for."""
+def check_machine(
+    manifest: Manifest, arch: str | None = None, has: frozenset[str] | None = None, where: str = "this machine"
+) -> None:
+    """Raise ``ArtifactError`` unless the processor ``where`` has all that the step was compiled for.
+
+    arch, has: its architecture and its ``features`` (None: unknown); by default, this process's.
+    """
     name = manifest.device.get("name", "?")
-    wanted = _architecture(str(manifest.device.get("arch", "unknown")))
-    if wanted != (here := machine()):
+    if arch is None:
+        arch, has = machine(), features.offered()
+    wanted, here = _architecture(str(manifest.device.get("arch", "unknown"))), _architecture(arch)
+    if wanted != here:
         raise ArtifactError(
-            f"{LIBRARY} was compiled for {wanted} (device {name!r}) and this machine is {here}; build it for this machine"
+            f"{LIBRARY} was compiled for {wanted} (device {name!r}) and {where} is {here}; build it for {where}"
         )
-    has = features.offered()
     if has is not None and (missing := [need for need in manifest.device.get("features", ()) if need not in has]):
         raise ArtifactError(
-            f"{LIBRARY} was compiled for a newer processor (device {name!r}): this {here} lacks {', '.join(missing)}; "
-            "build it for this machine"
+            f"{LIBRARY} was compiled for a newer processor (device {name!r}): {where}, {here}, lacks {', '.join(missing)}; "
+            f"build it for {where}"
         )
+
+
+def memory_needed(manifest: Manifest) -> int:
+    """Bytes that a running step holds at least: state, what was made of the frozen part, and the entry that needs most beside."""
+    prepared = {spec.name: spec for entry in manifest.entries for spec in entry.outputs if spec.role == "prepared"}
+    made = sum(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in prepared.values())
+    most = max(entry.arena + entry.results + entry.workspace for entry in manifest.memory.entries.values())
+    return sum(manifest.state_bytes.values()) + made + most
 
 
 def machine() -> str:

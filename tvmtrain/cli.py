@@ -1,7 +1,7 @@
 """The command line: each command reads its options, calls one public function and prints what it returns.
 
 Exit codes: 0 done, 1 an error (or ``verify`` beyond its tolerance, ``bench`` of what is not the same), 2 wrong usage, 130 interrupted.
-``run``, ``inspect`` and ``profile`` need neither PyTorch nor the compiler: what a command needs is imported when it runs.
+``run``, ``inspect``, ``profile`` and ``serve`` need neither PyTorch nor the compiler: what a command needs is imported when it runs.
 """
 
 from __future__ import annotations
@@ -20,15 +20,19 @@ from typing import TYPE_CHECKING, Any
 
 from tvmtrain.console import Console, flops, number, percent, size
 from tvmtrain.contestant import PEERS
-from tvmtrain.errors import InputError, TvmtrainError
+from tvmtrain.errors import InputError, RemoteError, TvmtrainError
 from tvmtrain.spec import OPTIMIZERS, Optimizer
 
 if TYPE_CHECKING:
+    from tvmtrain.fleet import Fleet
     from tvmtrain.jobs import Job
+    from tvmtrain.remote import Board
     from tvmtrain.training import Run, Settings
 
 LOSSES = ("cross_entropy", "mse", "bce_with_logits")
 INTERRUPTED = 130
+PAUSE = 10.0  # seconds between two attempts to find a lost board
+SAVE_EVERY = 100  # steps between two checkpoints that come home from a board, unless --save-every says
 UNITS = {"KB": 2**10, "MB": 2**20}
 MODEL_HELP = "package.module:factory, path/to/file.py:factory, or a .pt2 or .onnx file"
 
@@ -103,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     _add_tune(commands)
     _add_deploy(commands)
+    _add_serve(commands)
     _add_devices(commands)
     return parser
 
@@ -185,7 +190,41 @@ def _add_run(commands: Any) -> None:
     files.add_argument(
         "--weights", type=Path, metavar="FILE", help="write the final weights under PyTorch's names (safetensors)"
     )
+    _add_threads(parser)
+    board = _add_board(parser)
+    board.add_argument(
+        "--retries", type=_whole, default=5, help="attempts to go on when the board is lost, 10 s apart (default: %(default)s)"
+    )
+
+
+def _add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_positive, help="threads to compute with (default: all physical cores)")
+    parser.add_argument("--cores", type=_cores, metavar="LIST", help="processors they may run on: 0,2 or 4-7 (default: all)")
+
+
+def _add_board(parser: argparse.ArgumentParser) -> Any:
+    board = parser.add_argument_group("a board on the network", "on which `tvmtrain serve` or tvmtrain-serve runs")
+    board.add_argument("--rpc", metavar="HOST:PORT", help="of the board's server")
+    board.add_argument("--rpc-tracker", metavar="HOST:PORT", help="of a tracker that has boards: any free one")
+    board.add_argument("--key", "--rpc-key", default="", help="that the server was started with")
+    return board
+
+
+def _add_serve(commands: Any) -> None:
+    parser = _command(
+        commands, "serve", _serve, "let others train on this machine: TVM's RPC server, which runs code for whoever reaches it"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine's (default: %(default)s)"
+    )
+    parser.add_argument("--port", type=_port, default=9090, help="0: any that is free (default: %(default)s)")
+    parser.add_argument("--key", default="", help="that clients have to know; with a tracker, the kind of board")
+    parser.add_argument(
+        "--tracker", metavar="HOST:PORT", help="of TVM's tracker (python -m tvm.exec.rpc_tracker), to be found there"
+    )
+    parser.add_argument("--emulated", action="store_true", help="tell clients that times of this machine mean nothing")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="also write there what happens; clients' errors name it")
+    _add_threads(parser)
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -222,7 +261,8 @@ def _add_profile(commands: Any) -> None:
         "artifact", metavar="ARTIFACT", type=Path, help="folder that `tvmtrain compile` wrote, for this machine"
     )
     parser.add_argument("--repeat", type=_positive, default=30, metavar="N", help="steps to time (default: %(default)s)")
-    parser.add_argument("--threads", type=_positive, help="threads to compute with (default: all physical cores)")
+    _add_threads(parser)
+    _add_board(parser)
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write one step for chrome://tracing or ui.perfetto.dev")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the kernels under the roofline: .svg, .png or .pdf")
 
@@ -235,6 +275,7 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("--threads", type=_positive, default=2, help="of each contestant (default: %(default)s)")
     peers = ",".join(PEERS)
     parser.add_argument("--peers", type=_peers, default=PEERS, metavar="NAMES", help=f"-cl: channels last (default: {peers})")
+    _add_board(parser)
     parser.add_argument("--anyway", action="store_true", help="measure on a busy machine, too: the result says so")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the result as JSON")
 
@@ -247,6 +288,11 @@ def _add_tune(commands: Any) -> None:
     parser.add_argument("--minutes", type=_minutes, default=10.0, help="of the whole search (default: %(default)s)")
     parser.add_argument("--trials", type=_positive, metavar="N", help="at most so many (default: as many as there is time for)")
     parser.add_argument("--threads", type=_positive, help="that a kernel is timed with (default: all physical cores)")
+    board = parser.add_argument_group("boards on the network", "of the kind of --device, that take trials side by side")
+    board.add_argument(
+        "--rpc-tracker", metavar="HOST:PORT", help="of the tracker that has them; each: tvmtrain serve --tracker .."
+    )
+    board.add_argument("--key", "--rpc-key", default="", help="that they have in common")
     parser.add_argument("--search-seed", type=_whole, default=0, help="of the decisions that are drawn (default: 0)")
 
 
@@ -273,6 +319,26 @@ def _positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"got {text}, wanted 1 or more")
     return value
+
+
+def _port(text: str) -> int:
+    if not 0 <= (value := int(text)) < 2**16:
+        raise argparse.ArgumentTypeError(f"got {text}, wanted 0 to 65535")
+    return value
+
+
+def _cores(text: str) -> tuple[int, ...]:
+    """``0,2,4-7`` as numbers."""
+    found: list[int] = []
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            found += range(int(first), int(last or first) + 1)
+    except ValueError:
+        found = []
+    if not found or min(found) < 0 or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted numbers of processors, each once: 0,2 or 4-7")
+    return tuple(found)
 
 
 def _minutes(text: str) -> float:
@@ -376,9 +442,10 @@ def _optimizer(options: argparse.Namespace) -> Optimizer:
 
 
 def _run(options: argparse.Namespace, out: Console) -> Outcome:
-    from tvmtrain import data, runtime, training
+    from tvmtrain import data, training
 
-    step = runtime.load(options.artifact, options.threads)
+    board = _board(options)
+    step = _loaded(options, board)
     normalization = data.Normalization(options.mean, options.std)
     samples = data.load(options.data, step.manifest, keys=options.keys, normalization=normalization)
     samples = _with_evaluation(samples, options, step.manifest, normalization).limited(options.limit)
@@ -389,11 +456,52 @@ def _run(options: argparse.Namespace, out: Console) -> Outcome:
     if samples.train is None:
         raise InputError(f"{options.data}: holds test samples only; add --eval, or give samples to train on")
     _say_start(options, step, samples, out)
-    run = training.fit(step, samples.train, samples.test, _settings(options, step.manifest.lr), out)
+    if board is not None:
+        out.line(f"on board {board}, {board.facts.arch}{_emulated(board)}")
+    try:
+        run = training.fit(step, samples.train, samples.test, _settings(options, step.manifest.lr, board), out)
+    except RemoteError as error:
+        saved = _home(options)
+        raise RemoteError(
+            f"{error}; go on with: {_resume_command(options, str(saved))}" if saved.exists() else str(error)
+        ) from error
     if options.weights is not None:
         training.export_weights(step, options.weights)
     _say_end(options, run, out)
     return Outcome(INTERRUPTED if run.interrupted else 0, run.to_dict())
+
+
+def _board(options: argparse.Namespace) -> Board | None:
+    """A session with the board that --rpc or --rpc-tracker names; None without."""
+    if options.rpc is None and options.rpc_tracker is None:
+        if options.key:
+            raise UsageError("--key: needs --rpc or --rpc-tracker")
+        return None
+    from tvmtrain import remote
+
+    if options.rpc is not None and options.rpc_tracker is not None:
+        raise UsageError("--rpc, --rpc-tracker: want one of them")
+    if options.rpc is not None:
+        return remote.connect(options.rpc, options.key)
+    return remote.connect_through(options.rpc_tracker, options.key)
+
+
+def _loaded(options: argparse.Namespace, board: Board | None) -> Any:
+    """The artifact, started here or there."""
+    from tvmtrain import runtime
+
+    if board is not None:
+        return board.load(options.artifact, options.threads, options.cores or ())
+    return runtime.load(options.artifact, options.threads, options.cores)
+
+
+def _emulated(board: Board) -> str:
+    return f" (emulated: {board.facts.emulated}; no times)" if board.facts.emulated else ""
+
+
+def _home(options: argparse.Namespace) -> Path:
+    """Where checkpoints of a run on a board come home to."""
+    return options.save or options.artifact / "remote.safetensors"
 
 
 def _with_evaluation(samples: Any, options: argparse.Namespace, manifest: Any, normalization: Any) -> Any:
@@ -418,9 +526,14 @@ def _evaluate_only(step: Any, samples: Any, out: Console) -> Outcome:
     return Outcome(0, {"steps": step.steps, "loss": score.loss, "accuracy": score.accuracy, "samples": score.count})
 
 
-def _settings(options: argparse.Namespace, lr: float) -> Settings:
+def _settings(options: argparse.Namespace, lr: float, board: Board | None) -> Settings:
     from tvmtrain import training
 
+    there: dict[str, Any] = {"save": options.save, "save_every": options.save_every}
+    if board is not None:
+        again = training.Recovery(lambda: _loaded(options, _board(options)), options.retries, PAUSE, options.resume)
+        there = {"save": _home(options), "save_every": options.save_every or SAVE_EVERY, "recovery": again}
+        there["timed"] = not board.facts.emulated
     return training.Settings(
         epochs=options.epochs,
         rate=training.Rate(
@@ -428,9 +541,8 @@ def _settings(options: argparse.Namespace, lr: float) -> Settings:
         ),
         shuffle=options.shuffle,
         seed=options.seed,
-        save=options.save,
-        save_every=options.save_every,
         rescue=options.artifact / "interrupted.safetensors",
+        **there,
     )
 
 
@@ -439,7 +551,7 @@ def _say_start(options: argparse.Namespace, step: Any, samples: Any, out: Consol
     out.line(f"{len(samples.train)} samples to train on{test}; batches of {step.manifest.batch}")
     if step.steps:
         out.line(f"resumed after step {step.steps}")
-    if options.save is None and options.weights is None:
+    if options.save is None and options.weights is None and options.rpc is None and options.rpc_tracker is None:
         out.line(
             "the trained weights will not be kept: add --save FILE (checkpoint) or --weights FILE (for PyTorch)", style="yellow"
         )
@@ -499,8 +611,13 @@ def _profile(options: argparse.Namespace, out: Console) -> Outcome:
 
     if options.plot is not None:
         drawing.kind_of(options.plot)  # before minutes have gone by
-    found = profile.profile(options.artifact, out, repeat=options.repeat, threads=options.threads)
+    how = {"repeat": options.repeat, "threads": options.threads, "cores": options.cores, "board": _board(options)}
+    if options.plot is not None and how["board"] is not None:
+        raise UsageError("--plot: what a board can do at best is not known")
+    found = profile.profile(options.artifact, out, **how)
     profile.show(found, out)
+    if isinstance(found, profile.Untimed):
+        return Outcome(0, found.to_dict())
     if options.trace is not None:
         profile.write_trace(found, options.trace)
         out.line(f"one step for chrome://tracing: {options.trace}")
@@ -511,11 +628,17 @@ def _profile(options: argparse.Namespace, out: Console) -> Outcome:
 
 
 def _bench(options: argparse.Namespace, out: Console) -> Outcome:
-    from tvmtrain import artifact, bench
+    from tvmtrain import artifact, bench, board_bench
 
     options.lr = bench.RATE if options.lr is None else options.lr
     figures = (options.rounds, options.steps)
     settings = bench.Settings(*figures, threads=options.threads, peers=options.peers, anyway=options.anyway)
+    if (board := _board(options)) is not None:
+        measured = board_bench.bench(_job(options), settings, board, out)
+        board_bench.show(measured, out)
+        if options.output is not None:
+            artifact.write_file(options.output, json.dumps(measured.to_dict(), indent=1).encode())
+        return Outcome(0, measured.to_dict())
     found = bench.bench(_job(options), settings, out)
     bench.show(found, out)
     if options.output is not None:
@@ -528,10 +651,11 @@ def _tune(options: argparse.Namespace, out: Console) -> Outcome:
     from tvmtrain import jobs, tuner
 
     settings = tuner.Settings(options.minutes, options.trials, options.threads, options.search_seed)
+    boards = _boards(options, out)
     with out.working(f"tracing {options.model}"):
         job = _job(options)
         graph = jobs.trace(job, jobs.prepare(job))
-    found = tuner.tune(graph, options.device, settings, out, command=shlex.join(["tvmtrain", *options.argv]))
+    found = tuner.tune(graph, options.device, settings, out, command=shlex.join(["tvmtrain", *options.argv]), boards=boards)
     tuner.show(found, out)
     return Outcome(INTERRUPTED if found.interrupted else 0, found.to_dict())
 
@@ -546,6 +670,30 @@ def _deploy(options: argparse.Namespace, out: Console) -> Outcome:
     for note in bundle.notes:
         out.line(f"note: {note}")
     return Outcome(0, bundle.to_dict())
+
+
+def _boards(options: argparse.Namespace, out: Console) -> Fleet | None:
+    """Those that --rpc-tracker has."""
+    if options.rpc_tracker is None:
+        return None
+    from tvmtrain import fleet, targets
+
+    with out.working(f"asking the boards of {options.rpc_tracker}"):
+        found = fleet.gather(options.rpc_tracker, options.key, targets.load(options.device), options.threads)
+    out.line(f"{len(found.names)} boards: {', '.join(found.names)}; {found.threads} threads")
+    return found
+
+
+def _serve(options: argparse.Namespace, out: Console) -> Outcome:
+    if "tvm" not in sys.modules:
+        # A server computes with what was compiled elsewhere.
+        os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
+    from tvmtrain import remote, serve, session
+
+    tracker = None if options.tracker is None else remote.Address.parse(options.tracker)
+    log = str(options.log.resolve()) if options.log is not None else ""
+    settings = session.Settings(options.threads, options.cores, options.emulated, log)
+    serve.serve(options.host, options.port, options.key, tracker, settings, out)
 
 
 def _devices(options: argparse.Namespace, out: Console) -> Outcome:

@@ -49,3 +49,7 @@ class MissingPackageError(TvmtrainError, ImportError):
 
 class BusyMachineError(TvmtrainError, RuntimeError):
     """A machine on which something else runs, so that a time measured on it would be that of both."""
+
+
+class RemoteError(TvmtrainError, ConnectionError):
+    """A board at the other end of a connection that cannot be reached, refuses, fails or goes away."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,27 +85,34 @@ def hidden(arch: str, llvm: Iterable[str], offered: frozenset[str]) -> tuple[str
 
 def offered() -> frozenset[str] | None:
     """What this machine has, of the names in ``TABLES``; None where the system does not tell."""
-    arch = platform.machine().lower()
-    if arch in ("aarch64", "arm64"):
-        return _auxiliary()
-    return _flags() if arch in ("x86_64", "amd64") else None
+    return told(platform.machine(), words(), flags())
 
 
-def _auxiliary() -> frozenset[str] | None:
-    """From the auxiliary vector: an emulator shows the emulated processor there, but its host's in /proc/cpuinfo."""
+def told(arch: str, words: Sequence[int], flags: str) -> frozenset[str] | None:
+    """What a machine has that shows these ``words`` (on aarch64) or ``flags`` (on x86-64); None where they tell nothing."""
+    arch = arch.lower()
+    if arch in ("aarch64", "arm64") and any(words):
+        shown = dict(zip((HWCAP, HWCAP2), words, strict=True))
+        return frozenset(feature.name for feature in AARCH64 if shown[feature.word] >> feature.bit & 1)
+    if arch in ("x86_64", "amd64") and flags:
+        return frozenset(flags.split()) & {feature.name for feature in X86_64}
+    return None
+
+
+def words() -> tuple[int, int]:
+    """Of the auxiliary vector: an emulator shows the emulated processor there, but its host's in /proc/cpuinfo. 0 where unknown."""
     try:
         getauxval = ctypes.CDLL(None).getauxval
     except (OSError, AttributeError):
-        return None
+        return 0, 0
     getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
-    words = {word: getauxval(word) for word in (HWCAP, HWCAP2)}
-    return frozenset(feature.name for feature in AARCH64 if words[feature.word] >> feature.bit & 1)
+    return getauxval(HWCAP), getauxval(HWCAP2)
 
 
-def _flags() -> frozenset[str] | None:
+def flags() -> str:
+    """Of the first processor in /proc/cpuinfo; "" where there are none."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
-        return None
-    flags = next((line.partition(":")[2].split() for line in text.splitlines() if line.startswith("flags")), None)
-    return None if flags is None else frozenset(flags) & {feature.name for feature in X86_64}
+        return ""
+    return next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("flags")), "")

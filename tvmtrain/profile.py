@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,6 +29,10 @@ from tvmtrain.artifact import Manifest, TensorSpec
 from tvmtrain.costs import Kernel
 from tvmtrain.errors import DeviceError, InputError
 from tvmtrain.roofline import Roofline
+from tvmtrain.runtime import Mark
+
+if TYPE_CHECKING:
+    from tvmtrain.remote import Board
 
 WARM_UP = 3
 SHOWN = 40
@@ -85,7 +89,7 @@ class KernelTime:
 class Profile:
     """A training step by its kernels, those that take longest first; all times in microseconds, medians of ``repeat`` steps.
 
-    step: with checking and copying the batch, unwatched; machine: the virtual machine's own calls; calls: one step, in order.
+    step: with checking and copying the batch (not on a board); machine: the virtual machine's own calls; calls: one step, in order.
     """
 
     folder: str
@@ -95,7 +99,7 @@ class Profile:
     kernels: tuple[KernelTime, ...]
     machine: float
     calls: tuple[Call, ...]
-    roofline: Roofline
+    roofline: Roofline | None
 
     @property
     def inside(self) -> float:
@@ -120,21 +124,47 @@ class Profile:
         return asdict(self) | derived | {"kernels": [kernel.to_dict() for kernel in self.kernels]}
 
 
-def profile(folder: str | Path, out: console.Console, *, repeat: int = 30, threads: int | None = None) -> Profile:
-    """The training step in ``folder`` on random data, at a learning rate of 0.
+@dataclass(frozen=True)
+class Untimed:
+    """What is left of a profile where times mean nothing, and why they do: kernels and how often a step calls them."""
 
-    threads: as for ``runtime.load``. Raises ``ArtifactError``, and ``DeviceError`` for code of a GPU, which runs on after a call.
+    folder: str
+    emulated: str
+    kernels: Mapping[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def profile(
+    folder: str | Path,
+    out: console.Console,
+    *,
+    repeat: int = 30,
+    threads: int | None = None,
+    cores: Sequence[int] | None = None,
+    board: Board | None = None,
+) -> Profile | Untimed:
+    """The training step in ``folder`` on random data, at a learning rate of 0, here or on ``board``.
+
+    threads, cores: as for ``runtime.load``. Raises ``ArtifactError``, and ``DeviceError`` for code of a GPU, which runs on after a
+    call. On a board, times are its own, without the network; what it could do at best is not known.
     """
-    step = runtime.load(folder, threads)
+    step = runtime.load(folder, threads, cores) if board is None else board.load(folder, threads, cores or ())
     if artifact.on_gpu(step.manifest):
         raise DeviceError(
             f"{folder} was compiled for the GPU {step.manifest.device.get('name')!r}, and profile times processors: use nsys"
         )
-    count = threads or runtime.default_threads()
+    if board is not None and board.facts.emulated:
+        return _untimed(step, str(folder), board.facts.emulated)
+    count = threads or runtime.default_threads(cores) if board is None else board.threads
     with out.progress("profiling", repeat) as bar:
-        plain, watched = _timed(step, random_batch(step.manifest), repeat, bar)
-    with out.working("measuring what this machine can do"):
-        ceiling = roofline.measure(count)
+        plain, watched = _timed(step, random_batch(step.manifest), repeat, bar, there=board is not None)
+    ceiling = None
+    if board is None:
+        with out.working("measuring what this machine can do"):
+            ceiling = roofline.measure(count)
     calls = _medians(watched)
     return Profile(
         folder=str(folder),
@@ -146,6 +176,13 @@ def profile(folder: str | Path, out: console.Console, *, repeat: int = 30, threa
         calls=calls,
         roofline=ceiling,
     )
+
+
+def _untimed(step: runtime.TrainStep, folder: str, why: str) -> Untimed:
+    with step.marked() as marks:
+        step(*random_batch(step.manifest), lr=0.0)
+    names = [call.name for call in calls_of(marks) if not call.name.startswith(MACHINE)]
+    return Untimed(folder, why, {name: names.count(name) for name in dict.fromkeys(names)})
 
 
 def random_batch(manifest: Manifest) -> Data:
@@ -168,32 +205,22 @@ def _random(rng: np.random.Generator, spec: TensorSpec) -> np.ndarray:
 # Timing.
 
 
-class Watch:
-    """Notes (name, whether it begins, when the telling began, when it ended) of each call's two ends, in seconds."""
-
-    def __init__(self) -> None:
-        self.marks: list[tuple[str, bool, float, float]] = []
-
-    def note(self, _function: Any, name: str, before: bool, _result: Any, *_arguments: Any) -> int:
-        """For ``TrainStep.watched``."""
-        start = time.perf_counter()
-        self.marks.append((name, bool(before), start, time.perf_counter()))
-        return 0
-
-    def calls(self) -> list[Call]:
-        """Calls that called no other, in order, without the time of telling; none below 0."""
-        found = []
-        ended = None
-        for (name, before, start, end), (_, inner, stop, _) in itertools.pairwise(self.marks):
-            if before and not inner:
-                telling = start - ended if ended is not None else 0.0
-                found.append(Call(name, 1e6 * (stop - end - telling)))
-            ended = end
-        return found
+def calls_of(marks: Sequence[Mark]) -> list[Call]:
+    """Calls that called no other, in order, without the time of telling; none below 0."""
+    found = []
+    ended = None
+    for (name, before, start, end), (_, inner, stop, _) in itertools.pairwise(marks):
+        if before and not inner:
+            telling = start - ended if ended is not None else 0.0
+            found.append(Call(name, 1e6 * (stop - end - telling)))
+        ended = end
+    return found
 
 
-def _timed(step: runtime.TrainStep, data: Data, repeat: int, bar: console.Progress) -> tuple[list[float], list[list[Call]]]:
-    """Seconds of steps that nobody watches, and the calls of as many that are, in turn."""
+def _timed(
+    step: runtime.TrainStep, data: Data, repeat: int, bar: console.Progress, *, there: bool
+) -> tuple[list[float], list[list[Call]]]:
+    """Seconds of steps that nobody watches, and the calls of as many that are, in turn; there: without what the network takes."""
     plain, watched = [], []
     with _no_collections():
         for _ in range(WARM_UP):
@@ -201,11 +228,10 @@ def _timed(step: runtime.TrainStep, data: Data, repeat: int, bar: console.Progre
         for _ in range(repeat):
             start = time.perf_counter()
             step(*data, lr=0.0)
-            plain.append(time.perf_counter() - start)
-            watch = Watch()
-            with step.watched(watch.note):
+            plain.append(step.place.seconds if there else time.perf_counter() - start)
+            with step.marked() as marks:
                 step(*data, lr=0.0)
-            watched.append(watch.calls())
+            watched.append(calls_of(marks))
             bar.advance(1, f"{1e3 * plain[-1]:.2f} ms")
     return plain, watched
 
@@ -229,7 +255,7 @@ def _medians(steps: Sequence[Sequence[Call]]) -> tuple[Call, ...]:
     return tuple(Call(same[0].name, max(0.0, statistics.median(c.us for c in same))) for same in zip(*steps, strict=True))
 
 
-def _kernels(calls: Iterable[Call], known: Mapping[str, Kernel], ceiling: Roofline) -> tuple[KernelTime, ...]:
+def _kernels(calls: Iterable[Call], known: Mapping[str, Kernel], ceiling: Roofline | None) -> tuple[KernelTime, ...]:
     times: dict[str, list[float]] = {}
     for call in calls:
         if not call.name.startswith(MACHINE):
@@ -238,11 +264,13 @@ def _kernels(calls: Iterable[Call], known: Mapping[str, Kernel], ceiling: Roofli
     return tuple(sorted(kernels, key=lambda kernel: -kernel.us))
 
 
-def _kernel(name: str, times: Sequence[float], known: Kernel | None, ceiling: Roofline) -> KernelTime:
+def _kernel(name: str, times: Sequence[float], known: Kernel | None, ceiling: Roofline | None) -> KernelTime:
     count, total = len(times), math.fsum(times)
     if known is None:
         return KernelTime(name, count, total, 0, 0, 0.0, "")
     flops, nbytes = count * known.flops, count * known.bytes
+    if ceiling is None:
+        return KernelTime(name, count, total, flops, nbytes, 0.0, "")
     bound = "arithmetic" if ceiling.computes(flops, nbytes) else "memory"
     return KernelTime(name, count, total, flops, nbytes, 1e6 * ceiling.seconds(flops, nbytes), bound)
 
@@ -250,9 +278,13 @@ def _kernel(name: str, times: Sequence[float], known: Kernel | None, ceiling: Ro
 # What is shown and written.
 
 
-def show(profile: Profile, out: console.Console) -> None:
+def show(profile: Profile | Untimed, out: console.Console) -> None:
     """Print ``profile``."""
     p = profile
+    if isinstance(p, Untimed):
+        out.table(("kernel", ">calls"), [(name, str(count)) for name, count in p.kernels.items()])
+        out.line(f"emulated: no times ({p.emulated})", style="bold")
+        return
     rest = p.kernels[SHOWN:]
     rows = [_row(kernel, p.step) for kernel in p.kernels[:SHOWN]]
     if rest:
@@ -262,7 +294,9 @@ def show(profile: Profile, out: console.Console) -> None:
     out.table(columns, rows)
     step = f"a step takes {p.step:,.1f} us, {p.outside:,.1f} us of it outside kernels"
     out.line(f"{step} (the virtual machine's own calls {p.machine:,.1f} us); {p.threads} threads", style="bold")
-    r = p.roofline
+    if (r := p.roofline) is None:
+        out.line("what the board can do at best is not known")
+        return
     out.line(f"this machine: {r.flops / 1e9:,.1f} GFLOP/s, {r.bandwidth / 1e9:,.1f} GB/s (by {r.source})")
     for bound, ceiling in (("arithmetic", "peak rate"), ("memory", "bandwidth")):
         out.line(f"kernels bound by {bound}: {console.percent(p.share_of_peak(bound))} of the {ceiling}")
@@ -298,6 +332,8 @@ def write_trace(profile: Profile, path: Path) -> None:
 
 def plot(profile: Profile, path: Path) -> None:
     """Draw the kernels under the roofline into ``path``. Raises as ``drawing.roofline``, and ``StorageError``."""
+    if profile.roofline is None:
+        raise InputError("--plot draws kernels under a roofline, and that of a board is not known; profile on the board itself")
     points = [drawing.Point(k.name, k.flops / k.bytes, k.rate, k.us) for k in profile.kernels if k.flops and k.bytes and k.us]
     r, title = (
         profile.roofline,

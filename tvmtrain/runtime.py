@@ -17,20 +17,21 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from tvmtrain import artifact, gpu_code, selection
 from tvmtrain.artifact import MODEL_ROLES, STATE_ROLES, Entry, LossSpec, Manifest, Selection, TensorSpec
-from tvmtrain.errors import ArtifactError, DeviceError, InputError, NonFiniteLossError, StorageError
+from tvmtrain.errors import ArtifactError, DeviceError, InputError, NonFiniteLossError, StorageError, TvmtrainError
 
 
 @contextmanager
@@ -78,15 +79,18 @@ class Evaluation(float):
         return self
 
 
-def load(path: str | os.PathLike[str], threads: int | None = None) -> TrainStep:
+def load(path: str | os.PathLike[str], threads: int | None = None, cores: Sequence[int] | None = None) -> TrainStep:
     """Start the artifact in the folder ``path``.
 
-    ``threads``: how many TVM computes with; by default ``TVM_NUM_THREADS``, else every physical core that this process may use.
-    Raises ``ArtifactError`` for anything damaged, foreign or incomplete, before native code is loaded.
+    ``threads``: how many TVM computes with; by default as many as ``cores``, else ``TVM_NUM_THREADS``, else every physical core that
+    this process may use. ``cores``: numbers of the processors they may run on, the big ones of a board for example; by default all.
+    Raises ``ArtifactError`` for anything damaged, foreign or incomplete, before native code is loaded, and ``DeviceError`` where
+    memory does not suffice.
     """
     stored = artifact.read(path)
-    _place(stored.manifest)
-    return TrainStep(_load_library(stored.library), stored.manifest, stored.state, threads)
+    check_memory(stored.manifest, memory(), "this machine")
+    device(stored.manifest)
+    return TrainStep(here(load_library(stored.library), stored.manifest, threads, cores), stored.manifest, stored.state)
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,87 @@ class _Moment:
     steps: int
 
 
+class Place(Protocol):
+    """What keeps a step's tensors and runs its entries: this machine, or a board at the other end of a connection.
+
+    ``seconds``: what the last call took there.
+    """
+
+    seconds: float
+
+    def tensor(self, value: np.ndarray) -> Any:
+        """A copy of ``value`` in the memory of what computes; its ``numpy()`` is one here."""
+
+    def call(self, entry: Entry, arguments: Sequence[Any]) -> Sequence[Any]:
+        """Run ``entry`` on tensors of this place; its results are, too."""
+
+    def marked(self) -> AbstractContextManager[list[Mark]]:
+        """The two ends of each call of the virtual machine in the block, complete when it ends. Steps take longer."""
+
+
+# Of a call of the virtual machine: its name (that of a kernel, or one that begins with "vm."), whether it begins, and when the
+# telling began and ended, in seconds.
+Mark = tuple[str, bool, float, float]
+
+
+class Here:
+    """This machine's processor or GPU, ``device``, and the code in ``module``."""
+
+    def __init__(self, module: Any, device: Any, threads: int, cores: Sequence[int] | None = None) -> None:
+        self._threads, self._cores, self._device = threads, cores, device
+        self._configured = threading.local()
+        self._use_threads()
+        self._machine = VirtualMachine(module, device)
+        self._functions: dict[str, Any] = {}
+        self.seconds = 0.0
+
+    def tensor(self, value: np.ndarray) -> Any:
+        """As in ``Place``."""
+        return tvm.runtime.tensor(value, self._device)
+
+    def call(self, entry: Entry, arguments: Sequence[Any]) -> Sequence[Any]:
+        """As in ``Place``."""
+        function, start = self.function(entry.name), time.perf_counter()
+        results = function(*arguments)
+        self.seconds = time.perf_counter() - start
+        return results
+
+    def function(self, name: str) -> Any:
+        """The compiled function ``name``. Raises ``AttributeError`` where there is none."""
+        self._use_threads()
+        if name not in self._functions:
+            self._functions[name] = self._machine[name]
+        return self._functions[name]
+
+    @contextmanager
+    def watched(self, watch: Callable[..., int]) -> Iterator[None]:
+        """As ``TrainStep.watched``."""
+        self._machine.set_instrument(watch)
+        try:
+            yield
+        finally:
+            self._machine.set_instrument(None)
+
+    @contextmanager
+    def marked(self) -> Iterator[list[Mark]]:
+        """As in ``Place``."""
+        marks: list[Mark] = []
+
+        def note(_function: Any, name: str, before: bool, _result: Any, *_arguments: Any) -> int:
+            start = time.perf_counter()
+            marks.append((name, bool(before), start, time.perf_counter()))
+            return 0
+
+        with self.watched(note):
+            yield marks
+
+    def _use_threads(self) -> None:
+        """Each thread of Python that calls TVM has a pool of its own, to be configured before its first use."""
+        if not hasattr(self._configured, "done"):
+            use_threads(self._threads, self._cores)
+            self._configured.done = True
+
+
 class TrainStep:
     """A running training step: call it with data, and its parameters have moved.
 
@@ -104,15 +189,9 @@ class TrainStep:
     the model has several. Errors about data are ``InputError`` and change nothing. Threads that share a step need a lock.
     """
 
-    def __init__(self, module: Any, manifest: Manifest, state: Mapping[str, np.ndarray], threads: int | None = None) -> None:
+    def __init__(self, place: Place, manifest: Manifest, state: Mapping[str, np.ndarray]) -> None:
         self.manifest = manifest
-        if threads is not None and threads < 1:
-            raise InputError(f"threads is {threads}; want 1 or more, or None for every physical core")
-        self._threads = threads or default_threads()
-        self._configured = threading.local()
-        self._use_threads()
-        self._place = _place(manifest)
-        self._machine, self._functions = _started(module, manifest, self._place)
+        self.place = place
         chosen = selection.seeds(manifest.selections) | selection.largest(manifest.selections, state)
         self._moment = self._prepared({name: self._tensor(value) for name, value in {**state, **chosen}.items()}, 0)
         self._outputs: list[Any] = []
@@ -226,17 +305,12 @@ class TrainStep:
         tensors = {name: self._tensor(array) for name, array in (new | self._rechosen(new)).items()}
         self._moment = self._prepared(self._moment.tensors | tensors, self.steps)
 
-    @contextmanager
-    def watched(self, watch: Callable[..., int]) -> Iterator[None]:
-        """Have ``watch(function, name, before, result, *arguments)`` called before and after each call of the virtual machine.
+    def marked(self) -> AbstractContextManager[list[Mark]]:
+        """The ends of each call of the virtual machine in the block: ``with step.marked() as marks: step(x, y)``.
 
-        ``name`` is that of a kernel, or begins with "vm." for the machine's own bookkeeping; ``watch`` returns 0. Steps take longer.
+        The list is complete when the block ends. Steps take longer.
         """
-        self._machine.set_instrument(watch)
-        try:
-            yield
-        finally:
-            self._machine.set_instrument(None)
+        return self.place.marked()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all state to one file, so that ``restore`` and the steps after it give the same bits as going on from here.
@@ -256,21 +330,19 @@ class TrainStep:
 
     def _tensor(self, value: np.ndarray) -> Any:
         """A copy of ``value`` in the memory of what computes."""
-        return tvm.runtime.tensor(value, self._place)
+        return self.place.tensor(value)
 
     def _run(self, entry: Entry, given: Mapping[tuple[str, str], Any]) -> list[tuple[TensorSpec, Any]]:
-        self._use_threads()
         tensors = self._moment.tensors
         arguments = [given[spec.key] if spec.key in given else tensors[spec.name] for spec in entry.inputs]
-        return list(zip(entry.outputs, self._functions[entry.name](*arguments), strict=True))
+        return list(zip(entry.outputs, self.place.call(entry, arguments), strict=True))
 
     def _prepared(self, tensors: Tensors, steps: int) -> _Moment:
         """These weights with what the compiled step has of the frozen ones: folded once, here, and not in every step."""
         entry = self.manifest.named.get(artifact.PREPARE)
         if entry is None:
             return _Moment(tensors, steps)
-        self._use_threads()
-        made = self._functions[entry.name](*[tensors[spec.name] for spec in entry.inputs])
+        made = self.place.call(entry, [tensors[spec.name] for spec in entry.inputs])
         return _Moment(tensors | {spec.name: value for spec, value in zip(entry.outputs, made, strict=True)}, steps)
 
     def _chosen(self, named: Mapping[str, Any] | None, update: bool) -> dict[tuple[str, str], Any]:
@@ -309,12 +381,6 @@ class TrainStep:
             for name in self._optimizer_state(chosen):
                 new[name] = selection.carried(chosen, weights[chosen.weight].shape, tensors[name].numpy(), old, now)
         return new
-
-    def _use_threads(self) -> None:
-        """Each thread of Python that calls TVM has a pool of its own, to be configured before its first use."""
-        if not hasattr(self._configured, "done"):
-            use_threads(self._threads)
-            self._configured.done = True
 
     def _batch(self, entry: Entry, x: Any, y: Any) -> dict[tuple[str, str], Any]:
         """The tensors of one batch of exactly the compiled size."""
@@ -427,8 +493,13 @@ def _uninterrupted() -> Iterator[None]:
 # Threads.
 
 
-def default_threads() -> int:
-    """``TVM_NUM_THREADS`` if set, else the physical cores this process may use (TVM itself takes half of all logical ones)."""
+def default_threads(cores: Sequence[int] | None = None) -> int:
+    """As many as ``cores``; without, ``TVM_NUM_THREADS`` if set, else the physical cores this process may use.
+
+    TVM itself takes half of all logical ones.
+    """
+    if cores:
+        return len(cores)
     asked = os.environ.get("TVM_NUM_THREADS", "")
     return int(asked) if asked.isdigit() and int(asked) > 0 else physical_cores()
 
@@ -438,10 +509,16 @@ def physical_cores() -> int:
     return len({_siblings(cpu) for cpu in _CPUS})
 
 
-def use_threads(count: int) -> None:
-    """Let TVM compute with ``count`` threads when called from this thread of Python; threads are not pinned to cores."""
+def use_threads(count: int, cores: Sequence[int] | None = None) -> None:
+    """Let TVM compute with ``count`` threads when called from this thread of Python, on ``cores`` (None: on all that there are).
+
+    Threads are not pinned: each may run on any of these. Raises ``InputError`` for a core that this process may not use.
+    """
+    if absent := sorted(set(cores or ()) - set(_CPUS)):
+        raise InputError(f"cores: got {', '.join(map(str, absent))}; this process may use {', '.join(map(str, _CPUS))}")
+    allowed = list(cores or _CPUS)
     # -3: threads may run on all the listed processors. TVM allows as many threads as the list is long.
-    places = [str(_CPUS[i % len(_CPUS)]) for i in range(max(count, len(_CPUS)))]
+    places = [str(allowed[i % len(allowed)]) for i in range(max(count, len(allowed)))]
     get_global_func("runtime.config_threadpool")(-3, count, places)
     if (got := get_global_func("runtime.NumThreads")()) < count:
         warnings.warn(
@@ -459,10 +536,60 @@ def _siblings(cpu: int) -> str:
         return str(cpu)
 
 
+# Memory.
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of a machine, in bytes: all, and what new work can have; 0 where unknown."""
+
+    total: int
+    available: int
+
+
+def memory() -> Memory:
+    """This machine's, or that of the group of processes (a container) that this one is limited to."""
+    told = {name: int(value.split()[0]) * 1024 for name, _, value in map(_pair, _lines("/proc/meminfo")) if value.split()}
+    total, available = told.get("MemTotal", 0), told.get("MemAvailable", 0)
+    limit, used = (_number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit and (limit < total or not total):
+        return Memory(limit, min(available or limit, max(1, limit - used)))
+    return Memory(total, available)
+
+
+def check_memory(manifest: Manifest, memory: Memory, where: str) -> None:
+    """Raise ``DeviceError`` for a step that needs more than can be had ``where``; on a GPU, its memory is another one."""
+    needed = artifact.memory_needed(manifest)
+    if memory.available and needed > memory.available and not artifact.on_gpu(manifest):
+        state = sum(manifest.state_bytes.values())
+        raise DeviceError(
+            f"a step needs {needed / 2**20:.1f} MiB ({state / 2**20:.1f} of them parameters and optimizer state) and {where} has "
+            f"{memory.available / 2**20:.1f} of {memory.total / 2**20:.1f} MiB available: end other programs, or compile with a smaller "
+            "batch, a plan that trains less, or --arena SIZE"
+        )
+
+
+def _pair(line: str) -> tuple[str, str, str]:
+    return line.partition(":")
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _number(path: str) -> int:
+    """The number in a file of one; 0 where there is none ("max", or no such file)."""
+    text = next(iter(_lines(path)), "").strip()
+    return int(text) if text.isdigit() else 0
+
+
 # Native code.
 
 
-def _load_library(path: Path) -> Any:
+def load_library(path: Path) -> Any:
     """The native code at ``path``, which has been checked."""
     try:
         gpu_code.teach_tvm()
@@ -488,18 +615,26 @@ def _own_name(path: Path) -> Iterator[Path]:
         yield Path(shutil.copy(path, folder))
 
 
-def _place(manifest: Manifest) -> Any:
+def device(manifest: Manifest) -> Any:
     """What computes: this machine's first NVIDIA GPU or its processor."""
     if not artifact.on_gpu(manifest):
         return tvm.cpu()
-    load_gpu_runtime()
-    if not (gpu := tvm.cuda(0)).exist:
+    try:
+        return gpu()
+    except DeviceError as error:
         name = manifest.device.get("name", "?")
+        raise DeviceError(f"{artifact.LIBRARY} was compiled for an NVIDIA GPU (device {name!r}), and {error}") from error
+
+
+def gpu() -> Any:
+    """This machine's first NVIDIA GPU. Raises ``DeviceError`` where there is none."""
+    load_gpu_runtime()
+    if not (found := tvm.cuda(0)).exist:
         raise DeviceError(
-            f"{artifact.LIBRARY} was compiled for an NVIDIA GPU (device {name!r}), and TVM finds none here: it needs the driver "
-            "(libcuda.so.1) and CUDA's runtime (libcudart.so.13) where the system's loader looks, by LD_LIBRARY_PATH for example"
+            "TVM finds none here: it needs the driver (libcuda.so.1) and CUDA's runtime (libcudart.so.13) where the system's loader "
+            "looks, by LD_LIBRARY_PATH for example"
         )
-    return gpu
+    return found
 
 
 @cache
@@ -513,14 +648,20 @@ def load_gpu_runtime() -> None:
         load_lib_ctypes("tvm", "tvm_runtime_cuda", "RTLD_LOCAL", extra_lib_paths=package_lib_paths())
 
 
-def _started(module: Any, manifest: Manifest, place: Any) -> tuple[Any, dict[str, Any]]:
-    """A virtual machine and its functions by the names of entries."""
+def here(module: Any, manifest: Manifest, threads: int | None = None, cores: Sequence[int] | None = None) -> Here:
+    """This machine with the code in ``module``. Raises ``InputError`` for no threads, ``ArtifactError`` for code that does not start."""
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}; want 1 or more, or None for every physical core")
     try:
-        machine = VirtualMachine(module, place)
-        return machine, {entry.name: machine[entry.name] for entry in manifest.entries}
+        place = Here(module, device(manifest), threads or default_threads(cores), cores)
+        for entry in manifest.entries:
+            place.function(entry.name)
     except (RuntimeError, ValueError, AttributeError) as error:
+        if isinstance(error, TvmtrainError):
+            raise
         made = manifest.versions.get("tvm", "unknown")
         raise ArtifactError(f"{artifact.LIBRARY} (TVM {made}) cannot be started by TVM {tvm.__version__}: {error}") from error
+    return place
 
 
 # Data.

@@ -11,7 +11,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,10 +22,11 @@ from safetensors import numpy as tensor_file
 
 from tvmtrain import artifact, console
 from tvmtrain.data import Dataset
-from tvmtrain.errors import InputError
+from tvmtrain.errors import InputError, RemoteError
 from tvmtrain.runtime import TrainStep
 
 SCHEDULES = ("constant", "cosine", "step")
+NO_TIMES = "emulated: no times"
 EVALUATED_AT_ONCE = 8  # batches between two looks at Ctrl-C
 
 
@@ -63,6 +64,17 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class Recovery:
+    """What to do where a board is lost: ``start`` it anew, so many ``times`` in a row, ``pause`` seconds apart, and take the
+    last checkpoint (or begin with ``resume``, as the run did)."""
+
+    start: Callable[[], TrainStep]
+    times: int = 5
+    pause: float = 10.0
+    resume: Path | None = None
+
+
+@dataclass(frozen=True)
 class Settings:
     """How to train. ``epochs`` counts from the first step of all, before a resume too; ``save_every``: steps, 0: epochs only."""
 
@@ -73,6 +85,8 @@ class Settings:
     save: Path | None = None
     save_every: int = 0
     rescue: Path | None = None  # where an interrupted run is saved if ``save`` is None
+    recovery: Recovery | None = None
+    timed: bool = True  # whether times mean anything: not where the processor is emulated
 
 
 @dataclass(frozen=True)
@@ -93,7 +107,7 @@ class Epoch:
     lr: float
     loss: float
     accuracy: float | None
-    ms_per_step: float
+    ms_per_step: float | None
     evaluation: Score | None
 
 
@@ -127,7 +141,8 @@ def order(count: int, epoch: int, seed: int, shuffle: bool) -> np.ndarray:
 def fit(step: TrainStep, train: Dataset, test: Dataset | None, settings: Settings, out: console.Console) -> Run:
     """Train ``step`` on ``train`` from where it is (``step.steps`` says how far) to the end of ``settings.epochs``.
 
-    Ctrl-C ends the run after the step at hand, saves it and returns what was done so far, with ``interrupted`` set.
+    Ctrl-C ends the run after the step at hand, saves it and returns what was done so far, with ``interrupted`` set. Raises
+    ``RemoteError`` for a board that is lost and does not come back (``settings.recovery``).
     """
     return _Fit(step, train, test, settings, out).run()
 
@@ -163,16 +178,38 @@ class _Fit:
             self.out.line(f"all {self.settings.epochs} epochs are done: {self.step.steps} steps of {self.per_epoch} per epoch")
         with _interrupts() as stop:
             while self.step.steps < self.per_epoch * self.settings.epochs and not stop.is_set():
-                self._epoch(stop)
+                try:
+                    self._epoch(stop)
+                except RemoteError as error:
+                    self.step = self._recovered(error, stop)
             if self.test is not None and self.evaluation is None and not stop.is_set():
                 self.evaluation = _score(self.step, self.test, self.out, stop)
             if stop.is_set():
                 self._save(self.settings.save or self.settings.rescue)
         return self._result(stop.is_set())
 
+    def _recovered(self, error: RemoteError, stop: threading.Event) -> TrainStep:
+        """The step on a board that came back, with the last checkpoint. Raises ``RemoteError`` where none did."""
+        how, saved, last = self.settings.recovery, self.saved, self.step.steps
+        for _ in range(how.times if how is not None else 0):
+            assert how is not None
+            self.out.line(f"{error}; trying again in {how.pause:.0f} s", style="yellow")
+            if stop.wait(how.pause):
+                break
+            try:
+                step = how.start()
+                if (checkpoint := saved or how.resume) is not None:
+                    step.restore(checkpoint)
+                self.out.line(f"the board is back: going on after step {step.steps}, {last - step.steps} steps are taken again")
+                return step
+            except RemoteError as again:
+                error = again
+        kept = f"checkpoint {saved} is here" if saved is not None else "no checkpoint was written"
+        raise RemoteError(f"{error}. The last step was {last}; {kept}") from error
+
     def _epoch(self, stop: threading.Event) -> None:
         number, position = divmod(self.step.steps, self.per_epoch)
-        tally = _Tally()
+        tally = _Tally(self.settings.timed)
         label = f"epoch {number + 1}/{self.settings.epochs}"
         rows = order(len(self.train), number, self.settings.seed, self.settings.shuffle)
         with self.out.progress(label, self.per_epoch, position) as bar:
@@ -211,7 +248,7 @@ class _Fit:
             epochs=tuple(self.epochs),
             steps=self.step.steps,
             samples=len(self.milliseconds) * self.batch,
-            ms_per_step=statistics.median(self.milliseconds) if self.milliseconds else None,
+            ms_per_step=statistics.median(self.milliseconds) if self.milliseconds and self.settings.timed else None,
             loss=last.loss if last else None,
             accuracy=last.accuracy if last else None,
             evaluation=self.evaluation,
@@ -224,6 +261,7 @@ class _Fit:
 class _Tally:
     """What adds up over the steps of an epoch."""
 
+    timed: bool = True
     loss: float = 0.0
     lr: float = 0.0
     right: int = 0
@@ -243,11 +281,11 @@ class _Tally:
         return self.right / self.labels if self.labels else None
 
     def note(self) -> str:
-        recent = statistics.median(self.milliseconds[-50:])
-        return f"loss {console.number(self.loss / self.count)}{_accuracy(self.accuracy)}  {recent:.1f} ms/step"
+        recent = statistics.median(self.milliseconds[-50:]) if self.timed else None
+        return f"loss {console.number(self.loss / self.count)}{_accuracy(self.accuracy)}  {_per_step(recent)}"
 
     def epoch(self, number: int, evaluation: Score | None) -> Epoch:
-        median = statistics.median(self.milliseconds)
+        median = statistics.median(self.milliseconds) if self.timed else None
         return Epoch(number, self.count, self.lr, self.loss / self.count, self.accuracy, median, evaluation)
 
 
@@ -255,7 +293,11 @@ def _epoch_line(label: str, epoch: Epoch) -> str:
     parts = [f"{label}  loss {console.number(epoch.loss)}{_accuracy(epoch.accuracy)}"]
     if epoch.evaluation is not None:
         parts.append(f"evaluation loss {console.number(epoch.evaluation.loss)}{_accuracy(epoch.evaluation.accuracy)}")
-    return "  |  ".join([*parts, f"lr {epoch.lr:.3g}  {epoch.ms_per_step:.1f} ms/step"])
+    return "  |  ".join([*parts, f"lr {epoch.lr:.3g}  {_per_step(epoch.ms_per_step)}"])
+
+
+def _per_step(ms: float | None) -> str:
+    return NO_TIMES if ms is None else f"{ms:.1f} ms/step"
 
 
 def _accuracy(share: float | None) -> str:

@@ -1,7 +1,7 @@
 """Trials of schedules: one kernel with some decisions of its templates, compiled and timed on this machine, and written down.
 
 Compiling happens in threads of this process (TVM's compiler lets go of Python's lock), timing in MetaSchedule's ``LocalRunner``: one
-worker that lives as long as the search, and is started anew where a kernel crashed or hung.
+worker that lives as long as the search, and is started anew where a kernel crashed or hung; or on boards (``tvmtrain.fleet``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TextIO
@@ -29,7 +29,8 @@ from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.meta_schedule.arg_info import ArgInfo
 from tvm.target import Target
 
-from tvmtrain import codegen, runtime
+from tvmtrain import artifact, codegen, runtime, toolchain
+from tvmtrain.fleet import Fleet, Runner
 from tvmtrain.schedules import cpu, decisions, records
 from tvmtrain.schedules.decisions import Decisions
 from tvmtrain.targets import Device
@@ -83,10 +84,11 @@ class Candidate:
 class Stopwatch:
     """Compiles candidates into ``folder`` and times them on ``threads`` threads; holds the worker and the cost model."""
 
-    def __init__(self, device: Device, threads: int, folder: Path) -> None:
+    def __init__(self, device: Device, threads: int, folder: Path, boards: Fleet | None = None) -> None:
         self.device, self.folder, self.target = device, folder, Target(dict(device.target))
-        begin = partial(_begin, threads)
-        self.runner = ms.runner.LocalRunner(timeout_sec=TIMEOUT, evaluator_config=CLOCK, initializer=begin)
+        self.runner: _Here | Runner = _Here(threads) if boards is None else Runner(boards, CLOCK)
+        self.link = _linker(device)
+        self.at_once = 1 if boards is None else 2 * len(boards.names)
         # More threads would spin for each other while kernels are compiled.
         self.model = ms.cost_model.XGBModel(num_warmup_samples=LEARNED, early_stopping_rounds=10, num_tuning_cores=1)
         self.contexts: dict[str, ms.TuneContext] = {}
@@ -109,8 +111,9 @@ class Stopwatch:
 
     def time(self, candidates: Sequence[Candidate]) -> Iterator[Trial]:
         """One trial for each, in the same order."""
-        for candidate, built in zip(candidates, self.compile(candidates), strict=True):
-            yield self.run(candidate, built)
+        pairs = list(zip(candidates, self.compile(candidates), strict=True))
+        for i in range(0, len(pairs), self.at_once):
+            yield from self.run_all(pairs[i : i + self.at_once])
 
     def learn(self, candidates: Sequence[Candidate], trials: Sequence[Trial]) -> None:
         """Tell the cost model how some candidates of one task compare; it thinks about them when there are many."""
@@ -136,22 +139,20 @@ class Stopwatch:
     def _compiled(self, candidate: Candidate) -> Path | str:
         path = self.folder / f"{candidate.task.key}-{candidate.form}.so"
         try:
-            codegen.compiled(candidate.measured.sch.mod, self.target).export_library(str(path), fcompile=_linker())
+            codegen.compiled(candidate.measured.sch.mod, self.target).export_library(str(path), fcompile=self.link)
         except Exception as error:  # whatever a schedule can do to a compiler: the trial failed, and the search goes on
             return f"{type(error).__name__}: {error}"
         return path
 
     def run(self, candidate: Candidate, built: Path | str) -> Trial:
         """Time a compiled candidate once."""
-        what = candidate.task.key, astuple(candidate.decisions), candidate.form
-        if isinstance(built, str):
-            return Trial(*what, None, built)
-        (future,) = self.runner.run([ms.runner.RunnerInput(str(built), "cpu", candidate.measured.args_info)])
-        result = future.result()
-        if result.error_msg is not None:
-            return Trial(*what, None, str(result.error_msg))
-        seconds = statistics.median(map(float, result.run_secs))
-        return Trial(*what, 1e6 * seconds) if 0 < seconds < FAILED else Trial(*what, None, f"run_secs: {seconds}")
+        return self.run_all([(candidate, built)])[0]
+
+    def run_all(self, pairs: Sequence[tuple[Candidate, Path | str]]) -> list[Trial]:
+        """Time compiled candidates, on boards side by side."""
+        inputs = [ms.runner.RunnerInput(str(b), "cpu", c.measured.args_info) for c, b in pairs if not isinstance(b, str)]
+        results = iter(self.runner.run(inputs) if inputs else ())
+        return [_failed(c, b) if isinstance(b, str) else _trial(c, next(results)) for c, b in pairs]
 
     def _context(self, task: Task) -> ms.TuneContext:
         """MetaSchedule's view of a task: its space is what the templates make of it, with decisions drawn."""
@@ -166,6 +167,31 @@ class Stopwatch:
     def _space(self, sch: Schedule, chosen: tuple[int, ...] | None = None) -> Schedule:
         """One schedule of the space: with decisions that are ``chosen``, or at random as MetaSchedule calls it."""
         return cpu.decided(sch, self.device, decisions.sample(sch, chosen))
+
+
+def _failed(candidate: Candidate, why: str) -> Trial:
+    return Trial(candidate.task.key, astuple(candidate.decisions), candidate.form, None, why)
+
+
+def _trial(candidate: Candidate, result: ms.runner.RunnerResult) -> Trial:
+    if result.error_msg is not None:
+        return _failed(candidate, str(result.error_msg))
+    seconds = statistics.median(map(float, result.run_secs))
+    if not 0 < seconds < FAILED:
+        return _failed(candidate, f"run_secs: {seconds}")
+    return Trial(candidate.task.key, astuple(candidate.decisions), candidate.form, 1e6 * seconds)
+
+
+class _Here:
+    """This machine, one candidate after the other."""
+
+    def __init__(self, threads: int) -> None:
+        begin = partial(_begin, threads)
+        self.runner = ms.runner.LocalRunner(timeout_sec=TIMEOUT, evaluator_config=CLOCK, initializer=begin)
+
+    def run(self, inputs: Sequence[ms.runner.RunnerInput]) -> list[ms.runner.RunnerResult]:
+        """A result for each."""
+        return [future.result() for future in self.runner.run(list(inputs))]
 
 
 def _begin(threads: int) -> None:
@@ -191,10 +217,12 @@ def _without_intrinsics() -> Iterator[None]:
         del sys.modules[name]
 
 
-@cache
-def _linker() -> Callable[..., None] | None:
-    """The system's linker, called by itself and not through the C++ compiler, TVM's way, which takes longer than a kernel."""
-    program = shutil.which("ld")
+def _linker(device: Device) -> Callable[..., None] | None:
+    """The linker for a device, called by itself and not through the C++ compiler, TVM's way, which takes longer than a kernel."""
+    own = device.arch == artifact.machine()
+    program = shutil.which("ld" if own else f"{device.triple}-ld")
+    if program is None and not own:
+        return toolchain.find(device).linker
 
     def link(library: str, objects: Sequence[str], **_: object) -> None:
         subprocess.run([str(program), "-shared", "-o", library, *objects], check=True, capture_output=True)

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,8 +23,10 @@ from tvm import tirx
 from tvm.s_tir import Schedule
 
 from tvmtrain import builder, lowering, roofline, runtime, targets, workload
+from tvmtrain.artifact import Artifact
 from tvmtrain.console import Console, percent
 from tvmtrain.errors import DeviceError
+from tvmtrain.fleet import Fleet
 from tvmtrain.graph import TrainGraph
 from tvmtrain.profile import random_batch
 from tvmtrain.runtime import TrainStep
@@ -126,7 +128,7 @@ class Tuned:
     failed: int
     default_us: float
     us: float
-    share: float
+    share: float | None
     decisions: tuple[int, ...]
 
     @property
@@ -147,7 +149,7 @@ class Result:
     """A search; error: of one of the trials that failed; kernels: those that take longest first.
 
     before, after: milliseconds of these kernels in a step, each timed alone, with the defaults and with what was found.
-    steps: what it comes to; None where nothing was found or the search was interrupted.
+    steps: what it comes to; None where nothing was found or the search was interrupted. emulated: why times mean nothing.
     """
 
     folder: str
@@ -157,43 +159,62 @@ class Result:
     failed: int
     error: str | None
     interrupted: bool
-    before: float
-    after: float
+    before: float | None
+    after: float | None
     kernels: tuple[Tuned, ...]
     steps: Steps | None
+    emulated: str = ""
+
+    def without_times(self) -> Result:
+        """The same, or where processors are ``emulated`` what of it means anything: trials, and which of them failed."""
+        return replace(self, before=None, after=None, kernels=()) if self.emulated else self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
 
 
-def tune(graph: TrainGraph, device: str | Device, settings: Settings, out: Console, *, command: str = "") -> Result:
+def tune(
+    graph: TrainGraph,
+    device: str | Device,
+    settings: Settings,
+    out: Console,
+    *,
+    command: str = "",
+    boards: Fleet | None = None,
+) -> Result:
     """Search, and keep what was found in ``schedules.records.folder_of(device)``, for every later build.
 
+    boards: where kernels are timed; None: here. Times of emulated ones mean nothing, and nothing of them is kept.
     An interrupt ends the search early. Raises ``DeviceError`` for a device that is not this machine, ``StorageError`` for a folder
-    that cannot be written.
+    that cannot be written, ``RemoteError`` where all boards are gone.
     """
     device = targets.load(device) if isinstance(device, str) else device
-    _check_here(device)
-    threads = settings.threads or runtime.default_threads()
-    runtime.use_threads(threads)
+    if boards is None:
+        _check_here(device)
+        threads = settings.threads or runtime.default_threads()
+        runtime.use_threads(threads)
+    else:
+        threads = boards.threads
     records.load(device)  # what is damaged is better known before the search than after it
     started = time.monotonic()
     with out.working("finding the kernels"):
         tasks = find_tasks(graph, device)
-    with out.working("measuring what this machine can do"):
-        ceiling = roofline.measure(threads)
-    searches = [Search(task, 1e6 * ceiling.seconds(task.flops, task.bytes)) for task in tasks]
-    path = _log_path(device, threads)
-    _remember(searches, path)
-    with _appended(path) as file, tempfile.TemporaryDirectory() as folder:
-        watch = Stopwatch(device, threads, Path(folder))
+    searches = _searches(tasks, threads, boards, out)
+    emulated = boards.emulated if boards is not None else ""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _appended(_log_path(device, threads, Path(folder) if emulated else None)) as file,
+    ):
+        _remember(searches, Path(file.name))
+        watch = Stopwatch(device, threads, Path(folder), boards)
         until = started + 60 * settings.minutes * (1 - COMPARING)
-        finished = _search(searches, watch, Log(file), _Limits(until, settings.trials, settings.seed), out)
+        finished = _search(searches, watch, Log(file), _Limits(until, settings.trials, settings.seed, bool(emulated)), out)
         kernels, compared = _compare(searches, watch, out)
-    kept = _keep(device, kernels, command)
+    machine = str(targets.load("host").target["mcpu"]) if boards is None else ", ".join(boards.names)
+    kept = "" if emulated else str(_keep(device, kernels, command, machine))
     return Result(
-        folder=str(kept),
+        folder=kept,
         device=device.name,
         seconds=time.monotonic() - started,
         trials=sum(len(s.times) for s in searches),
@@ -203,8 +224,18 @@ def tune(graph: TrainGraph, device: str | Device, settings: Settings, out: Conso
         before=sum(k.calls * k.default_us for k in kernels) / 1e3,
         after=sum(k.calls * k.us for k in kernels) / 1e3,
         kernels=tuple(kernels),
-        steps=_steps(graph, device, out) if finished and compared and _changed(kernels) else None,
-    )
+        steps=_steps(graph, device, out, boards) if finished and compared and _changed(kernels) and not emulated else None,
+        emulated=emulated,
+    ).without_times()
+
+
+def _searches(tasks: Sequence[Task], threads: int, boards: Fleet | None, out: Console) -> list[Search]:
+    """What the processor can do at best is measured here, and not known of boards."""
+    if boards is not None:
+        return [Search(task, 0.0) for task in tasks]
+    with out.working("measuring what this machine can do"):
+        ceiling = roofline.measure(threads)
+    return [Search(task, 1e6 * ceiling.seconds(task.flops, task.bytes)) for task in tasks]
 
 
 def _check_here(device: Device) -> None:
@@ -251,6 +282,7 @@ class _Limits:
     until: float
     trials: int | None
     seed: int
+    untimed: bool
 
 
 def _search(searches: Sequence[Search], watch: Stopwatch, log: Log, limits: _Limits, out: Console) -> bool:
@@ -270,7 +302,7 @@ def _search(searches: Sequence[Search], watch: Stopwatch, log: Log, limits: _Lim
                 if len({c.task.key for c in candidates}) == 1:
                     watch.learn(candidates[: len(trials)], trials)
                 count += len(trials)
-                screen.show(*_table(searches, limits.until))
+                screen.show(*(_counts(searches) if limits.untimed else _table(searches, limits.until)))
     except KeyboardInterrupt:
         out.line("interrupted: what was tried is kept. Comparing the best with the defaults; another interrupt leaves that out")
         return False
@@ -338,18 +370,24 @@ def _table(searches: Sequence[Search], until: float) -> tuple[str, tuple[str, ..
     return title, columns, rows
 
 
+def _counts(searches: Sequence[Search]) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
+    """The same where times mean nothing."""
+    rows: list[tuple[str, ...]] = [(s.task.name[:48], str(len(s.times)), str(s.failed)) for s in searches if s.times]
+    return f"{sum(len(s.times) for s in searches)} trials; emulated: no times", ("task", ">trials", ">failed"), rows[:SHOWN]
+
+
 def _times(search: Search, us: float) -> tuple[str, ...]:
     default = search.default
     gain = (f"{default:.0f}", f"{us:.0f}", f"{default / us:.2f}") if default else ("failed", f"{us:.0f}", "-")
-    return (*gain, percent(search.floor / us))
+    return (*gain, percent(search.floor / us if search.floor else None))
 
 
 # --- What is kept -----------------------------------------------------------------------------------------------------------
 
 
-def _log_path(device: Device, threads: int) -> Path:
-    """Of the trials under the present conditions; those under others would mislead."""
-    return records.folder_of(device) / f"trials-{records.fingerprint(device)}-{threads}.jsonl"
+def _log_path(device: Device, threads: int, folder: Path | None = None) -> Path:
+    """Of the trials under the present conditions (in ``folder``, if they are not to be kept); those under others would mislead."""
+    return (folder or records.folder_of(device)) / f"trials-{records.fingerprint(device)}-{threads}.jsonl"
 
 
 def _remember(searches: Sequence[Search], path: Path) -> None:
@@ -401,29 +439,40 @@ def _compared(search: Search, watch: Stopwatch) -> tuple[float, float, Decisions
     return (before, after, Decisions(*chosen)) if after < FASTER * before else (before, before, DEFAULT)
 
 
-def _steps(graph: TrainGraph, device: Device, out: Console) -> Steps:
+def _steps(graph: TrainGraph, device: Device, out: Console, boards: Fleet | None) -> Steps:
     """The step with the records and without, in one process."""
     with out.working("compiling the step, tuned and untuned"):
         artifacts = [builder.build(graph, device, tuned=tuned) for tuned in (False, True)]
-    steps = [artifact.load() for artifact in artifacts]
+    steps = _started(artifacts, boards)
     x, y = random_batch(artifacts[0].manifest)
     times: tuple[list[float], list[float]] = ([], [])
     with out.progress("comparing the steps", STEPS) as bar:
         for _ in range(STEPS):
             for step, found in zip(steps, times, strict=True):
-                found += _timed(step, x, y)
+                found += _timed(step, x, y, there=boards is not None)
             bar.advance(1, f"{times[1][-1]:.2f} ms")
     untuned, tuned = (statistics.median(found) for found in times)
     return Steps(untuned, tuned)
 
 
-def _timed(step: TrainStep, x: Any, y: Any) -> list[float]:
-    """Milliseconds of the later ones of some steps in a row: the first finds the other's data in the caches."""
+def _started(artifacts: Sequence[Artifact], boards: Fleet | None) -> list[TrainStep]:
+    if boards is None:
+        return [artifact.load() for artifact in artifacts]
+    board = boards.connect()
+    with tempfile.TemporaryDirectory() as folder:
+        return [board.load(made.save(Path(folder) / str(i)), boards.threads) for i, made in enumerate(artifacts)]
+
+
+def _timed(step: TrainStep, x: Any, y: Any, *, there: bool) -> list[float]:
+    """Milliseconds of the later ones of some steps in a row: the first finds the other's data in the caches.
+
+    there: by the board's clock, without the network.
+    """
     found = []
     for _ in range(IN_A_ROW):
         start = time.perf_counter()
         step(x, y, lr=0.0)
-        found.append(1e3 * (time.perf_counter() - start))
+        found.append(1e3 * (step.place.seconds if there else time.perf_counter() - start))
     return found[1:]
 
 
@@ -438,12 +487,12 @@ def _tuned(search: Search, before: float, after: float, chosen: Decisions) -> Tu
         failed=search.failed,
         default_us=before,
         us=after,
-        share=search.floor / after,
+        share=search.floor / after if search.floor else None,
         decisions=astuple(chosen),
     )
 
 
-def _keep(device: Device, kernels: Sequence[Tuned], command: str) -> Path:
+def _keep(device: Device, kernels: Sequence[Tuned], command: str, machine: str) -> Path:
     """Write the records: these kernels' in place of earlier ones, other kernels' as they were."""
     kept = dict(records.load(device).by_kernel)
     for k in kernels:
@@ -453,7 +502,7 @@ def _keep(device: Device, kernels: Sequence[Tuned], command: str) -> Path:
     trials = sum(record.trials for record in kept.values())
     about = {
         "command": command,
-        "machine": str(targets.load("host").target["mcpu"]),
+        "machine": machine,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "kernels": len(kept),
         "trials": trials,
@@ -468,6 +517,12 @@ def _changed(kernels: Sequence[Tuned]) -> int:
 
 def show(result: Result, out: Console) -> None:
     """The kernels that take longest, and what tuning gained."""
+    if result.emulated:
+        out.line(f"{result.trials} trials, {result.failed} failed")
+        if result.error is not None:
+            out.line(f"one that failed: {result.error.strip().splitlines()[-1]}", "yellow")
+        out.line(f"emulated: no times, and no records ({result.emulated})", "bold")
+        return
     columns = ("kernel", ">calls", ">GFLOP", ">trials", ">default us", ">tuned us", ">gain", ">of peak")
     rows = [
         (
@@ -487,7 +542,7 @@ def show(result: Result, out: Console) -> None:
     out.line(f"{result.trials} trials, {result.failed} failed, {result.seconds / 60:.1f} min")
     if result.error is not None:
         out.line(f"one that failed: {result.error.strip().splitlines()[-1]}", "yellow")
-    if result.kernels:
+    if result.kernels and result.before is not None and result.after is not None:
         gain = f"{result.before:.2f} -> {result.after:.2f} ms a step, {result.before / result.after:.2f}x"
         out.line(f"{changed} of {len(result.kernels)} kernels have a record; together {gain}", "bold")
     if result.steps is not None:
