@@ -46,8 +46,10 @@ from tvmtrain.targets import Device
 
 # Multiplications to which the taps of a small kernel may be written out.
 LARGEST_TAPS = (128, 32, 512)
-# Tiles of rows for which a copy of the columns that they read is worth making, and elements from one row of those to the next.
-FEWEST_READERS, WIDE_GAP = 2, 256
+# Tiles of rows for which a copy of the columns that they read is worth making; fewer do where each element is on a page of its own.
+FEWEST_READERS, FEWEST_OF_PAGES = 6, 2
+# Elements of a page of memory.
+PAGE = 1024
 # Bytes that the partial sums of one kernel may take.
 LARGEST_PARTIAL = 4 * 2**20
 # Rows read at once by a transposed copy: a small map's rows are a power of two apart, and no cache keeps more than 8 such.
@@ -302,8 +304,9 @@ def _bring_strip(sch: Schedule, block: Block, shape: Tile, at: LoopRV) -> None:
         if not _in_strips(block, read) or any(read.strides[a] for a in rows):
             continue
         made = _maker(sch, block, read)
-        gap = read.strides[block.reductions[0]]
-        if made is None and again >= FEWEST_READERS and gap is not None and gap >= WIDE_GAP:
+        gap = read.strides[block.reductions[0]] or 0
+        fewest = FEWEST_OF_PAGES if gap >= PAGE else FEWEST_READERS
+        if made is None and gap > shape.columns * shape.lanes and again >= fewest:
             made = sch.cache_read(sch.get_sblock(block.name), i, "global")
         if made is not None:
             _as_lines(sch, made, [int(d) for d in read.buffer.shape], block.extents[shape.axis])
