@@ -28,6 +28,7 @@ from tvmtrain.schedules.blocks import FAILURES, Access, Block, describe, merged
 from tvmtrain.schedules.decisions import DEFAULT, Decisions
 from tvmtrain.schedules.interleave import interleave, residues_together
 from tvmtrain.schedules.side_by_side import side_by_side
+from tvmtrain.schedules.strips import bring_strips, in_strips
 from tvmtrain.schedules.tiles import (
     LARGEST_TILE,
     PARALLEL,
@@ -46,10 +47,6 @@ from tvmtrain.targets import Device
 
 # Multiplications to which the taps of a small kernel may be written out.
 LARGEST_TAPS = (128, 32, 512)
-# Tiles of rows for which a copy of the columns that they read is worth making; fewer do where each element is on a page of its own.
-FEWEST_READERS, FEWEST_OF_PAGES = 6, 2
-# Elements of a page of memory.
-PAGE = 1024
 # Bytes that the partial sums of one kernel may take.
 LARGEST_PARTIAL = 4 * 2**20
 # Rows read at once by a transposed copy: a small map's rows are a power of two apart, and no cache keeps more than 8 such.
@@ -174,7 +171,7 @@ def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions) -> b
     outer = _parallel(sch, outer, shared)
     copies = [copied for producer in private for copied in _bring(sch, producer, outer[0])]
     if not private and decisions.order == 0 and len(outer) > len(shape.rows):
-        _bring_strip(sch, block, shape, outer[-1 - len(shape.rows)])
+        bring_strips(sch, block, shape, outer[-1 - len(shape.rows)])
     _finish_in(sch, rv, epilogue, outer[-1] if outer else None, device)
     for copied in copies:
         fill_then_copy(sch, copied)
@@ -259,7 +256,7 @@ def _private(sch: Schedule, block: Block, axes: Sequence[int]) -> list[str]:
         if producer is None or producer.reduction or len(sch.get_consumers(rv)) > 1 or not variables:
             continue
         access = next(r for r in block.reads if r.buffer.same_as(producer.write.buffer))
-        if _in_strips(block, access):
+        if in_strips(block, access):
             continue
         if all(any(i.same_as(v) for i in access.index) for v in variables):
             own.append(producer.name)
@@ -283,53 +280,6 @@ def _bring(sch: Schedule, producer: str, at: LoopRV) -> list[str]:
     for pad in pads:
         sch.compute_at(pad, at)
     return names
-
-
-def _in_strips(block: Block, access: Access) -> bool:
-    """Whether a block reads a column of neighbours for each step of its one reduction: a matrix product's second operand."""
-    axis = vector_axis(block)
-    return (
-        axis is not None
-        and len(block.reductions) == 1
-        and access.strides[axis] == 1
-        and access.strides[block.reductions[0]] != 1
-    )
-
-
-def _bring_strip(sch: Schedule, block: Block, shape: Tile, at: LoopRV) -> None:
-    """The columns that all tiles of rows read in turn: made there, or copied without gaps, of a page each, that miss in every cache."""
-    again = prod(block.extents[axis] // size for axis, size in shape.rows)
-    rows = [axis for axis, _ in shape.rows]
-    for i, read in enumerate(block.reads):
-        if not _in_strips(block, read) or any(read.strides[a] for a in rows):
-            continue
-        made = _maker(sch, block, read)
-        gap = read.strides[block.reductions[0]] or 0
-        fewest = FEWEST_OF_PAGES if gap >= PAGE else FEWEST_READERS
-        if made is None and gap > shape.columns * shape.lanes and again >= fewest:
-            made = sch.cache_read(sch.get_sblock(block.name), i, "global")
-        if made is not None:
-            _as_lines(sch, made, [int(d) for d in read.buffer.shape], block.extents[shape.axis])
-            sch.compute_at(made, at)
-            sch.vectorize(sch.split(sch.get_loops(made)[-1], factors=[None, shape.lanes])[1])
-
-
-def _maker(sch: Schedule, block: Block, read: Access) -> SBlockRV | None:
-    """The block that computes what is read, element by element, for this reader alone."""
-    for rv in sch.get_producers(sch.get_sblock(block.name)):
-        producer = describe(sch, rv)
-        if producer is not None and read.buffer.same_as(producer.write.buffer):
-            alone = len(sch.get_consumers(rv)) == 1
-            return rv if alone and not (producer.reduction or producer.guarded or producer.kept) else None
-    return None
-
-
-def _as_lines(sch: Schedule, copy: SBlockRV, shape: Sequence[int], line: int) -> None:
-    """The rows and columns of a copied map become one axis, if it is this axis that is read."""
-    if len(shape) > 1 and shape[-1] < line == prod(shape[-2:]):
-        merge = IndexMap.from_func(lambda *i: [*i[:-2], i[-2] * shape[-1] + i[-1]], ndim=len(shape), index_dtype="int64")
-        sch.transform_layout(copy, ("write", 0), merge)
-        sch.transform_block_layout(copy, merge)
 
 
 # --- What follows a reduction -------------------------------------------------------------------------------------------------
