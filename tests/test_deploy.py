@@ -100,7 +100,8 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
     def build(into: Path, libraries: Path, cxx: Sequence[str]) -> None:
         assert {path.name for path in libraries.iterdir()} == {"libtvm_runtime.so", "libtvm_ffi.so"}
         (into / "bin").mkdir()
-        (into / "bin" / "tvmtrain-run").write_bytes(native_file(versions=["GLIBC_2.34" if cxx == ("gcc",) else "GLIBC_2.27"]))
+        for name in ("tvmtrain-run", "tvmtrain-serve"):
+            (into / "bin" / name).write_bytes(native_file(versions=["GLIBC_2.34" if cxx == ("gcc",) else "GLIBC_2.27"]))
         used.append(cxx)
 
     found = [
@@ -115,8 +116,8 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
 def compiled(folder: Path, device: targets.Device, library: bytes | None = None, **versions: str) -> Path:
     """An artifact for ``device``."""
     code = Code(native_file(versions=["GLIBC_2.27"]) if library is None else library)
-    facts = device.to_dict() | {"features": ["asimd", "fp"]}
-    manifest = replace(toy.manifest(), device=facts, versions={"tvm": TVM, "tvmtrain": "0.1.0", **versions})
+    versions = {"tvm": TVM, "tvmtrain": "0.1.0", **versions}
+    manifest = replace(toy.manifest(), device=device.to_dict(), features=("asimd", "fp"), versions=versions)
     return Artifact(manifest, toy.state(), code).save(folder / "out")
 
 
@@ -130,7 +131,7 @@ def test_a_bundle_has_all_that_a_board_needs_and_nothing_else(tmp_path: Path, gi
     bundle = deploy.deploy(folder, PI, tmp_path / "pi.tar.gz", given)
     files = unpacked(tmp_path / "pi.tar.gz")
     root = "tvmtrain-raspberry-pi-4b"
-    own = {"README.md", "train.sh", "bin/tvmtrain-run", "lib/libtvm_runtime.so", "lib/libtvm_ffi.so"}
+    own = {"README.md", "train.sh", "bin/tvmtrain-run", "bin/tvmtrain-serve", "lib/libtvm_runtime.so", "lib/libtvm_ffi.so"}
     own |= {"licenses/tvm-LICENSE", "licenses/tvm-ffi-LICENSE", *(f"artifact/{path.name}" for path in folder.iterdir())}
     assert set(files) == {f"{root}/{name}" for name in own} == {f"{root}/{name}" for name in bundle.files}
     assert files[f"{root}/artifact/lib.so"] == (folder / "lib.so").read_bytes()
@@ -139,8 +140,27 @@ def test_a_bundle_has_all_that_a_board_needs_and_nothing_else(tmp_path: Path, gi
     assert bundle.notes == ()
     with tarfile.open(tmp_path / "pi.tar.gz") as archive:
         entries = archive.getmembers()
-    assert {e.name for e in entries if e.mode & 0o111} == {f"{root}/train.sh", f"{root}/bin/tvmtrain-run"}
+    assert {e.name for e in entries if e.mode & 0o111} == {
+        *(f"{root}/{name}" for name in ("train.sh", "bin/tvmtrain-run", "bin/tvmtrain-serve"))
+    }
     assert {(e.mtime, e.uid, e.gid, e.uname) for e in entries} == {(0, 0, 0, "")}
+
+
+def test_samples_go_along(tmp_path: Path, given: list[Path], programs: list, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, random = compiled(tmp_path, PI), np.random.default_rng(0)
+    x, y = random.standard_normal((9, toy.FEATURES)), random.integers(0, toy.CLASSES, 9)
+    np.savez(tmp_path / "train.npz", x=x, y=y), np.savez(tmp_path / "test.npz", x=x[:3], y=y[:3])
+    words = ["deploy", str(folder), "--device", PI.name, "-o", str(tmp_path / "pi.tar.gz"), "--mean", "0.5", "--limit", "4"]
+    words += [word for path in given for word in ("--wheel", str(path))]
+    assert cli.main([*words, "--data", str(tmp_path / "train.npz"), "--eval-data", str(tmp_path / "test.npz")]) == 0
+    files = unpacked(tmp_path / "pi.tar.gz")
+    found = {name: tensor_file.load(files[f"tvmtrain-raspberry-pi-4b/{name}.safetensors"]) for name in ("train", "test")}
+    np.testing.assert_array_equal(found["train"]["x"], (x[[0, 2, 4, 6]].astype("float32") - np.float32(0.5)))
+    np.testing.assert_array_equal(found["train"]["y"], y[[0, 2, 4, 6]])
+    assert len(found["test"]["y"]) == 3
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--eval-data", str(tmp_path / "test.npz")])
+    assert "--eval-data: needs --data" in capsys.readouterr().err
 
 
 def test_an_unpacked_artifact_is_the_artifact(tmp_path: Path, given: list[Path], programs: list) -> None:

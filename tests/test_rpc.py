@@ -48,9 +48,9 @@ def start(shared: Path) -> Iterator[Start]:
                 command = boards.tracker()
             elif kind == "emulated":
                 environment = {"QEMU_CPU": "cortex-a72"} | environment
-                command = [*boards.emulated(shared), "--port", "0", "--key", KEY, *options]
+                command = boards.emulated(*options)
             else:
-                command = boards.in_python(*options) if kind == "python" else boards.native(shared, *options)
+                command = boards.in_python(*options) if kind == "python" else boards.native(*options)
             return alive.enter_context(boards.running(command, shared, **environment))
 
         yield serve
@@ -408,21 +408,7 @@ def test_a_run_whose_board_stays_away_says_how_to_go_on(start, toy_folder, data,
     assert command[-2:] == ["--resume", str(home)]
 
 
-# --- An emulated board ------------------------------------------------------------------------------------------------------
-
-
-def test_an_emulated_board_trains_as_this_machine_does(start: Start, quick: Path, tmp_path: Path) -> None:
-    server = start("emulated")
-    here = runtime.load(quick)
-    board = remote.connect(server.address, KEY)
-    assert "qemu" in board.facts.emulated.lower()
-    assert board.facts.arch == "aarch64"
-    there = board.load(build("raspberry-pi-4b").save(tmp_path / "out"))
-    for x, y in batches(20):
-        assert there(x, y) == pytest.approx(here(x, y), abs=1e-4, rel=1e-4)
-    wanted = here.state_dict()
-    for name, value in there.state_dict().items():
-        np.testing.assert_allclose(value, wanted[name], rtol=1e-4, atol=1e-4 * max(1, np.abs(wanted[name]).max()), err_msg=name)
+# --- An emulated board: test_native_board.py trains on one ----------------------------------------------------------------------
 
 
 def test_times_of_an_emulated_board_are_never_told(start: Start, toy_folder: Path, data: Path, capsys) -> None:
