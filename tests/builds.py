@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +26,8 @@ from tvmtrain.wheels import Package
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", ("qemu-aarch64-static", "-L", "/usr/aarch64-linux-gnu")
 DEBIAN = {"cmake": "cmake", "c++": "g++", COMPILER: "g++-aarch64-linux-gnu", EMULATOR[0]: "qemu-user-static"}
 LIBRARIES = {"apache-tvm": "tvm/lib/libtvm_runtime.so", "apache-tvm-ffi": "tvm_ffi/lib/libtvm_ffi.so"}
+
+KEPT = 24 * 3600.0  # seconds since its last use: another checkout may be at work with it
 
 
 def need(*programs: str) -> None:
@@ -88,11 +91,13 @@ def built(name: str, make: Callable[[Path], object], *facts: str) -> Path:
     with _one_at_a_time(name):
         if not folder.exists():
             for old in _root().glob(f"{name}-*"):
-                shutil.rmtree(old)
+                if time.time() - old.stat().st_mtime > KEPT:
+                    shutil.rmtree(old)
             aside = _root() / f"new-{name}"
             shutil.rmtree(aside, ignore_errors=True)
             make(aside)
             aside.rename(folder)
+        os.utime(folder)
     return folder
 
 

@@ -273,7 +273,7 @@ def test_thousands_of_wrong_tensor_files(seed: int) -> None:
 
 
 @given(st.binary(max_size=300), st.lists(st.integers(0, 2**64 - 1), max_size=3), st.sampled_from("JMTCD"))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_bytes_at_all(data: bytes, lengths: list[int], kind: str) -> None:
     heads = [len(data).to_bytes(8, "little"), *(length.to_bytes(8, "little") for length in lengths)]
     read([MANIFEST_FILE, kind.encode() + data, *(kind.encode() + head + data for head in heads)])
