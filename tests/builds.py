@@ -101,6 +101,17 @@ def built(name: str, make: Callable[[Path], object], *facts: str) -> Path:
     return folder
 
 
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """The folder ``name`` as ``make`` fills it once in this run of the tests, however many processes there are."""
+    root = factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with _one_at_a_time(name, root):
+        if not (root / name).exists():
+            make(root / f"new-{name}")
+            (root / f"new-{name}").rename(root / name)
+    return root / name
+
+
 def _root() -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tvmtrain" / "tests"
     root.mkdir(parents=True, exist_ok=True)
@@ -108,7 +119,7 @@ def _root() -> Path:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(name: str) -> Iterator[None]:
-    with open(_root() / f"{name}.lock", "w") as lock:
+def _one_at_a_time(name: str, root: Path | None = None) -> Iterator[None]:
+    with open((root or _root()) / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import toy
-from builds import for_host
+from builds import for_host, once
 from native_step import ARTIFACT, CHECKPOINT, INPUT, NONFINITE, STORAGE, NativeError, NativeStep
 from safetensors.numpy import load_file, save_file
 from torch import nn
@@ -52,7 +52,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Batch statistics, Dropout, a filtered convolution, and a share of the channels by each kind of selection."""
-    return tt.build(_graph()).save(tmp_path_factory.mktemp("native") / "network")
+    return once(tmp_path_factory, "network", lambda folder: tt.build(_graph()).save(folder))
 
 
 def _model() -> nn.Module:

@@ -51,7 +51,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def graph() -> tt.TrainGraph:
     model, x, y = build(images("MobileNetV2", size=SIZE, depth_multiplier=0.35), training=False)
-    return tt.trace(model, x[:BATCH], y[:BATCH], loss="cross_entropy", optimizer=tt.SGD(lr=0.01, momentum=0.9, clip_norm=1.0))
+    return tt.trace(model, x[:BATCH], y[:BATCH], loss="cross_entropy", optimizer=tt.SGD(lr=0.002, momentum=0.9, clip_norm=1.0))
 
 
 def _plan(graph: tt.TrainGraph, kind: str) -> tt.UpdatePlan:

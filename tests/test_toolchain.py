@@ -190,7 +190,9 @@ def test_code_for_a_newer_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     made = replace(toy.manifest(), device={"name": "server", "arch": "aarch64"}, features=tuple(sorted(needs("neoverse-v1"))))
     monkeypatch.setattr(features, "offered", lambda: frozenset(SHOWN["cortex-a72"]))
     monkeypatch.setattr(artifact, "machine", lambda: "aarch64")
-    with pytest.raises(ArtifactError, match=r"newer processor \(device 'server'\): this aarch64 lacks .*sve.*build it"):
+    with pytest.raises(
+        ArtifactError, match=r"newer processor \(device 'server'\): this machine, aarch64, lacks .*sve.*build it"
+    ):
         artifact.check_machine(made)
     artifact.check_machine(replace(made, features=tuple(sorted(needs("cortex-a53")))))
 
