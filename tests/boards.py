@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import builds
 import psutil
-import pytest
-import tvm
-import tvm_ffi
+
+from tvmtrain.native import SERVER
 
 ROOT = Path(__file__).resolve().parents[1]
-NATIVE = ROOT / "tvmtrain" / "native" / "src"
-HEADERS = Path(tvm_ffi.__file__).parent / "include"
-LIBRARIES = ("tvm/lib/libtvm_runtime.so", "tvm_ffi/lib/libtvm_ffi.so")
-CROSS, EMULATOR, SYSROOT = "aarch64-linux-gnu-g++", "qemu-aarch64-static", "/usr/aarch64-linux-gnu"
 KEY = "board"
 START = 60.0  # seconds: importing TVM on a busy machine
 
@@ -114,50 +107,11 @@ def tracker() -> list[str]:
     ]
 
 
-def native(folder: Path, *options: str) -> list[str]:
-    """The command of the server without Python, compiled for this machine."""
-    return [str(compiled(folder)), "--port", "0", "--key", KEY, *options]
+def native(*options: str) -> list[str]:
+    """The command of the server without Python, for this machine."""
+    return [str(builds.for_host() / SERVER), "--port", "0", "--key", KEY, *options]
 
 
-@functools.cache
-def compiled(folder: Path) -> Path:
-    """tvmtrain-serve for this machine."""
-    if (compiler := shutil.which("g++")) is None:
-        pytest.skip("g++ is not installed")
-    site = Path(tvm.__file__).parents[1]
-    return _compile(compiler, [site / name for name in LIBRARIES], folder / "tvmtrain-serve")
-
-
-@functools.cache
-def emulated(folder: Path) -> tuple[str, ...]:
-    """The beginning of a command: tvmtrain-serve for a Cortex-A72, under qemu."""
-    for program, package in ((CROSS, "g++-aarch64-linux-gnu"), (EMULATOR, "qemu-user-static")):
-        if shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed (Debian: {package})")
-    program = _compile(CROSS, aarch64_libraries(folder / "lib"), folder / "tvmtrain-serve-aarch64")
-    return EMULATOR, "-L", SYSROOT, str(program)
-
-
-def aarch64_libraries(folder: Path) -> list[Path]:
-    """TVM's runtime for aarch64 out of the wheels in the folder TVMTRAIN_WHEELS, or in tvmtrain's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tvmtrain" / "wheels"
-    where = Path(os.environ.get("TVMTRAIN_WHEELS") or cache)
-    wheels = [wheel for wheel in sorted(where.glob("apache_tvm*aarch64.whl")) if wheel.is_file()]
-    found = {}
-    for wheel in wheels:
-        with zipfile.ZipFile(wheel) as archive:
-            for name in set(LIBRARIES) & set(archive.namelist()):
-                found[name] = folder / Path(name).name
-                folder.mkdir(exist_ok=True)
-                found[name].write_bytes(archive.read(name))
-    if len(found) < len(LIBRARIES):
-        pytest.skip(f"TVMTRAIN_WHEELS ({where}) has no wheels of apache-tvm and apache-tvm-ffi for aarch64 (pip download)")
-    return [found[name] for name in LIBRARIES]
-
-
-def _compile(compiler: str, libraries: Sequence[Path], program: Path) -> Path:
-    paths = [f"-Wl,-rpath,{path.parent}" for path in libraries]
-    sources = [str(NATIVE / name) for name in ("serve.cc", "session.cc")]
-    flags = ["-std=c++17", "-O0", "-Wall", "-isystem", str(HEADERS), "-Wl,--no-as-needed", *paths]
-    subprocess.run([compiler, *flags, *sources, *map(str, libraries), "-o", str(program)], check=True)
-    return program
+def emulated(*options: str) -> list[str]:
+    """The same on an emulated board."""
+    return [*builds.EMULATOR, str(builds.for_board() / SERVER), "--port", "0", "--key", KEY, *options]

@@ -51,6 +51,8 @@ LONG = (
     *(f"test_files_are_the_published_plans_and_fit_their_models[{name}]" for name in ("mcu_mobilenetv2", "mobilenetv2")),
     *(f"test_the_same_bits_as_without_these_passes[{name}]" for name in ("sgd", "adam")),
     *(f"test_a_loss_that_is_not_finite_leaves_every_bit[{name}]" for name in ("sgd", "adam")),
+    "test_one_that_says_nothing_or_nonsense_keeps_nobody_out[python]",
+    "test_a_search_without_boards_says_so",
 )
 
 

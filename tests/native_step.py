@@ -1,20 +1,12 @@
-"""The native half in tests: built once, and the C API through ctypes, as much like ``TrainStep`` as a test wants it."""
+"""The C API through ctypes, as much like ``TrainStep`` as a test wants it."""
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
-import hashlib
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import tvm
-import tvm_ffi
 
-from tvmtrain import native
 from tvmtrain.artifact import DTYPES
 
 OK, INPUT, NONFINITE, ARTIFACT, CHECKPOINT, DEVICE, STORAGE, INTERNAL = range(8)
@@ -106,46 +98,3 @@ def arrays(value):
 def _array(value: np.ndarray) -> Array:
     shape = (ctypes.c_int64 * value.ndim)(*value.shape)
     return Array(value.ctypes.data, DTYPES.index(str(value.dtype)), value.ndim, shape)
-
-
-# Building. Compiling takes longer than all that is tested of it: what was compiled from the same sources is kept.
-
-
-def built(name: str, make: Callable[[Path], object], *facts: str) -> Path:
-    """The folder ``name`` as ``make`` fills it from the sources at hand, kept for later runs; one process makes it, others wait."""
-    digest = hashlib.sha256(repr(facts).encode())
-    for path in sorted(p for p in native.SOURCES.rglob("*") if p.is_file() and "__pycache__" not in p.parts):
-        digest.update(path.name.encode() + path.read_bytes())
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tvmtrain" / "tests"
-    root.mkdir(parents=True, exist_ok=True)
-    folder = root / f"{name}-{digest.hexdigest()[:16]}"
-    with open(root / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            for old in root.glob(f"{name}-*"):
-                shutil.rmtree(old)
-            aside = root / f"new-{name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            make(aside)
-            aside.rename(folder)
-    return folder
-
-
-def for_host() -> Path:
-    """bin/tvmtrain-run, lib/ with our library and TVM's, include/."""
-
-    def make(folder: Path) -> None:
-        native.build(folder)
-        for package, name in ((tvm, "tvm_runtime"), (tvm_ffi, "tvm_ffi")):
-            (folder / "lib" / f"lib{name}.so").symlink_to(Path(package.__file__).parent / "lib" / f"lib{name}.so")
-
-    return built("native-host", make, tvm.__version__, tvm.__file__)
-
-
-def probe() -> Path:
-    """The readers alone, with AddressSanitizer and UndefinedBehaviorSanitizer."""
-
-    def make(folder: Path) -> None:
-        native.compile_targets(folder, ("tvmtrain-probe",), settings={"TVMTRAIN_SANITIZE": "ON", "CMAKE_BUILD_TYPE": "Debug"})
-
-    return built("native-probe", make) / "tvmtrain-probe"

@@ -151,6 +151,16 @@ def test_a_manifest_from_before_kernels_were_told_is_refused_with_its_version(fo
         artifact.read(folder)
 
 
+def test_a_manifest_from_before_features_had_their_place_is_refused_with_its_version(folder):
+    def change(content):
+        content["format"] = 3
+        content["device"]["features"] = content.pop("features")
+
+    edit(folder, change)
+    with pytest.raises(ArtifactError, match=r"format 3, written by tvmtrain 0\.1\.0, .* build the artifact again"):
+        artifact.read(folder)
+
+
 @pytest.mark.parametrize("place", ["nowhere", "file", "empty"])
 def test_what_is_no_artifact_is_refused(tmp_path, place):
     (tmp_path / "file").write_text("x")
@@ -161,12 +171,12 @@ def test_what_is_no_artifact_is_refused(tmp_path, place):
 
 def test_a_manifest_of_the_future_is_refused_with_its_version(folder):
     def change(content):
-        content["format"] = 4
+        content["format"] = 5
         content["versions"] = {"tvmtrain": "9.1"}
         content["new"] = []
 
     edit(folder, change, sign=False)
-    with pytest.raises(ArtifactError, match=r"format 4, written by tvmtrain 9\.1, and this tvmtrain reads format 3"):
+    with pytest.raises(ArtifactError, match=r"format 5, written by tvmtrain 9\.1, and this tvmtrain reads format 4"):
         artifact.read(folder)
 
 

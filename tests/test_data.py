@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toy
+from safetensors.numpy import save_file
 
 from tvmtrain import data
 from tvmtrain.artifact import Entry, LossSpec, Manifest, TensorSpec
@@ -215,3 +216,52 @@ def test_files_that_are_no_npz(tmp_path):
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="not a readable"):
         read(tmp_path / "cut.npz")
+
+
+# The file of a board.
+
+
+def written(folder: Path, x: np.ndarray, **how) -> tuple[data.Dataset, data.Dataset]:
+    """The samples of an .npz file, and of the file that ``write`` makes of them."""
+    first = read(save(folder / "d.npz", x=x, y=labels(len(x))), **how).train
+    data.write(folder / "d.safetensors", first)
+    return first, read(folder / "d.safetensors").train
+
+
+@pytest.mark.parametrize(
+    ("x", "stays"),
+    [(images(), True), (images(height=5, width=7), False), (images().astype("float32"), False)],
+    ids=["bytes", "bytes of another size", "floats"],
+)
+def test_a_boards_file_has_the_same_samples(tmp_path, x, stays):
+    normalization = data.Normalization((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+    first, second = written(tmp_path, x, normalization=normalization)
+    assert (second.inputs[0].dtype == np.uint8) == stays
+    for rows in ([0], [3, 1, 9]):
+        for one, other in zip(first.batch(rows), second.batch(rows), strict=True):
+            np.testing.assert_array_equal(one[0], other[0])
+    data.write(tmp_path / "again.safetensors", second)
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "d.safetensors").read_bytes()
+    np.testing.assert_array_equal(second.limited(5).batch([4])[0][0], first.limited(5).batch([4])[0][0])
+
+
+def test_a_boards_file_says_itself_how_it_is_normalized(tmp_path):
+    written(tmp_path, images())
+    with pytest.raises(InputError, match="leave mean and std out"):
+        read(tmp_path / "d.safetensors", normalization=data.Normalization((0.5,), (0.5,)))
+
+
+@pytest.mark.parametrize("mean", ["no JSON", "0.5", "[]", '["a"]', "[NaN]", "[true]"])
+def test_wrong_numbers_in_a_boards_file_are_told(tmp_path, mean):
+    save_file({"x": images(), "y": labels()}, tmp_path / "d.safetensors", {"mean": mean})
+    with pytest.raises(InputError, match=r"d\.safetensors: metadata 'mean' is .*; want a list of numbers"):
+        read(tmp_path / "d.safetensors")
+
+
+def test_a_damaged_boards_file_is_told(tmp_path):
+    written(tmp_path, images())
+    whole = (tmp_path / "d.safetensors").read_bytes()
+    for bytes_ in (b"", whole[:-1], whole[:20], b"\xff" * 8 + whole[8:]):
+        (tmp_path / "d.safetensors").write_bytes(bytes_)
+        with pytest.raises(InputError, match="not a readable safetensors file"):
+            read(tmp_path / "d.safetensors")

@@ -8,9 +8,11 @@ import hashlib
 import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import tarfile
+import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,11 +22,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import toy
+from builds import COMPILER, EMULATOR, aarch64_wheels, need
 from safetensors import numpy as tensor_file
 from test_artifact import Code
+from test_toolchain import graph
 
-from tvmtrain import artifact, cli, deploy, targets, toolchain, wheels
+import tvmtrain as tt
+from tvmtrain import artifact, cli, data, deploy, targets, toolchain, wheels
 from tvmtrain.artifact import Artifact
 from tvmtrain.errors import ArtifactError, DeviceError, InputError
 from tvmtrain.wheels import Package
@@ -100,7 +106,8 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
     def build(into: Path, libraries: Path, cxx: Sequence[str]) -> None:
         assert {path.name for path in libraries.iterdir()} == {"libtvm_runtime.so", "libtvm_ffi.so"}
         (into / "bin").mkdir()
-        (into / "bin" / "tvmtrain-run").write_bytes(native_file(versions=["GLIBC_2.34" if cxx == ("gcc",) else "GLIBC_2.27"]))
+        for name in ("tvmtrain-run", "tvmtrain-serve"):
+            (into / "bin" / name).write_bytes(native_file(versions=["GLIBC_2.34" if cxx == ("gcc",) else "GLIBC_2.27"]))
         used.append(cxx)
 
     found = [
@@ -115,8 +122,8 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
 def compiled(folder: Path, device: targets.Device, library: bytes | None = None, **versions: str) -> Path:
     """An artifact for ``device``."""
     code = Code(native_file(versions=["GLIBC_2.27"]) if library is None else library)
-    facts = device.to_dict() | {"features": ["asimd", "fp"]}
-    manifest = replace(toy.manifest(), device=facts, versions={"tvm": TVM, "tvmtrain": "0.1.0", **versions})
+    versions = {"tvm": TVM, "tvmtrain": "0.1.0", **versions}
+    manifest = replace(toy.manifest(), device=device.to_dict(), features=("asimd", "fp"), versions=versions)
     return Artifact(manifest, toy.state(), code).save(folder / "out")
 
 
@@ -130,7 +137,7 @@ def test_a_bundle_has_all_that_a_board_needs_and_nothing_else(tmp_path: Path, gi
     bundle = deploy.deploy(folder, PI, tmp_path / "pi.tar.gz", given)
     files = unpacked(tmp_path / "pi.tar.gz")
     root = "tvmtrain-raspberry-pi-4b"
-    own = {"README.md", "train.sh", "bin/tvmtrain-run", "lib/libtvm_runtime.so", "lib/libtvm_ffi.so"}
+    own = {"README.md", "train.sh", "bin/tvmtrain-run", "bin/tvmtrain-serve", "lib/libtvm_runtime.so", "lib/libtvm_ffi.so"}
     own |= {"licenses/tvm-LICENSE", "licenses/tvm-ffi-LICENSE", *(f"artifact/{path.name}" for path in folder.iterdir())}
     assert set(files) == {f"{root}/{name}" for name in own} == {f"{root}/{name}" for name in bundle.files}
     assert files[f"{root}/artifact/lib.so"] == (folder / "lib.so").read_bytes()
@@ -139,8 +146,27 @@ def test_a_bundle_has_all_that_a_board_needs_and_nothing_else(tmp_path: Path, gi
     assert bundle.notes == ()
     with tarfile.open(tmp_path / "pi.tar.gz") as archive:
         entries = archive.getmembers()
-    assert {e.name for e in entries if e.mode & 0o111} == {f"{root}/train.sh", f"{root}/bin/tvmtrain-run"}
+    assert {e.name for e in entries if e.mode & 0o111} == {
+        *(f"{root}/{name}" for name in ("train.sh", "bin/tvmtrain-run", "bin/tvmtrain-serve"))
+    }
     assert {(e.mtime, e.uid, e.gid, e.uname) for e in entries} == {(0, 0, 0, "")}
+
+
+def test_samples_go_along(tmp_path: Path, given: list[Path], programs: list, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, generator = compiled(tmp_path, PI), np.random.default_rng(0)
+    x, y = generator.standard_normal((9, toy.FEATURES)), generator.integers(0, toy.CLASSES, 9)
+    np.savez(tmp_path / "train.npz", x=x, y=y), np.savez(tmp_path / "test.npz", x=x[:3], y=y[:3])
+    words = ["deploy", str(folder), "--device", PI.name, "-o", str(tmp_path / "pi.tar.gz"), "--mean", "0.5", "--limit", "4"]
+    words += [word for path in given for word in ("--wheel", str(path))]
+    assert cli.main([*words, "--data", str(tmp_path / "train.npz"), "--eval-data", str(tmp_path / "test.npz")]) == 0
+    files = unpacked(tmp_path / "pi.tar.gz")
+    found = {name: tensor_file.load(files[f"tvmtrain-raspberry-pi-4b/{name}.safetensors"]) for name in ("train", "test")}
+    np.testing.assert_array_equal(found["train"]["x"], (x[[0, 2, 4, 6]].astype("float32") - np.float32(0.5)))
+    np.testing.assert_array_equal(found["train"]["y"], y[[0, 2, 4, 6]])
+    assert len(found["test"]["y"]) == 3
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--eval-data", str(tmp_path / "test.npz")])
+    assert "--eval-data: needs --data" in capsys.readouterr().err
 
 
 def test_an_unpacked_artifact_is_the_artifact(tmp_path: Path, given: list[Path], programs: list) -> None:
@@ -343,55 +369,52 @@ def test_the_command(tmp_path: Path, given: list[Path], programs: list, capsys: 
 # The whole of it.
 
 
-@pytest.mark.slow
-def test_a_bundle_trains_where_there_is_nothing_else(tmp_path: Path) -> None:
-    """Cross-compiled, packed, unpacked in an empty folder and run by an emulated Cortex-A72, by the real runner."""
-    for program in ("aarch64-linux-gnu-g++", "qemu-aarch64-static", "cmake"):
-        if shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed (Debian: g++-aarch64-linux-gnu, qemu-user-static, cmake)")
-    from test_toolchain import graph
-
-    import tvmtrain as tt
-
-    step = graph()
-    tt.build(step, PI).save(tmp_path / "out")
-    try:
-        bundle = deploy.deploy(tmp_path / "out", PI, tmp_path / "pi.tar.gz")
-    except DeviceError as error:
-        if "pip cannot download" in str(error):
-            pytest.skip(str(error))
-        raise
+@pytest.fixture
+def unpacked_bundle(tmp_path: Path) -> Path:
+    """Cross-compiled, with its data, packed, and unpacked in an empty folder."""
+    need("cmake", COMPILER, EMULATOR[0])
+    found = aarch64_wheels()
+    torch.manual_seed(0)
+    folder = tt.build(graph(), PI).save(tmp_path / "out")
+    generator = np.random.default_rng(0)
+    np.savez(tmp_path / "d.npz", x=generator.standard_normal((8, 3, 16, 16)).astype("float32"), y=generator.integers(0, 10, 8))
+    samples = data.load(tmp_path / "d.npz", artifact.read(folder, foreign=True).manifest)
+    bundle = deploy.deploy(folder, PI, tmp_path / "pi.tar.gz", list(found.values()), samples)
     assert bundle.packed < 6e6
     assert bundle.unpacked < 10e6
     with tarfile.open(tmp_path / "pi.tar.gz") as archive:
         archive.extractall(tmp_path / "board", filter="data")
-    root = tmp_path / "board" / "tvmtrain-raspberry-pi-4b"
-    random = np.random.default_rng(0)
-    data = {"x": random.standard_normal((8, 3, 16, 16)).astype("float32"), "y": random.integers(0, 10, 8)}
-    inputs = artifact.read(tmp_path / "out", foreign=True).manifest.named["train_step"].inputs
-    names = [spec.name for spec in inputs if spec.role in ("input", "target")]
-    tensor_file.save_file(dict(zip(names, data.values(), strict=True)), root / "train.safetensors")
-    command = [
-        "qemu-aarch64-static",
-        "-L",
-        "/usr/aarch64-linux-gnu",
-        "bin/tvmtrain-run",
-        "artifact",
-        "--data",
-        "train.safetensors",
-    ]
-    command += ["--epochs", "5", "--checkpoint", "now.safetensors", "--json"]
-    environment = {"QEMU_CPU": "cortex-a72", "PATH": os.environ["PATH"]}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    return tmp_path / "board" / "tvmtrain-raspberry-pi-4b"
+
+
+@pytest.mark.slow
+def test_a_bundle_trains_where_there_is_nothing_else(unpacked_bundle: Path, tmp_path: Path) -> None:
+    """By an emulated Cortex-A72 and the real runner; killed twenty times, it goes on from a whole checkpoint every time."""
+    words = [str(shutil.which(EMULATOR[0])), *EMULATOR[1:], "bin/tvmtrain-run", "artifact", "--data", "train.safetensors"]
+    words += ["--checkpoint", "now.safetensors", "--resume", "--every", "1", "--log", "1000000"]
+    how = {"cwd": unpacked_bundle, "env": {"QEMU_CPU": "cortex-a72"}, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    done = subprocess.run([*words, "--epochs", "5"], **how, check=False)
     assert done.returncode == 0, done.stderr
-    here = tt.build(step, "host").load()
+    torch.manual_seed(0)
+    here = tt.build(graph(), "host").load()
+    there = data.load(tmp_path / "d.npz", here.manifest).train
     for _ in range(5):
         for i in range(0, 8, 2):
-            here(data["x"][i : i + 2], data["y"][i : i + 2])
-    state, steps = artifact.read_checkpoint(root / "now.safetensors", here.manifest.state)
+            here(*there.batch(range(i, i + 2)))
+    state, steps = artifact.read_checkpoint(unpacked_bundle / "now.safetensors", here.manifest.state)
     assert steps == 20
     for name, value in here.state_dict().items():
         np.testing.assert_allclose(state[name], value, rtol=1e-4, atol=1e-4)
+
+    chance, seen = random.Random(0), [steps]
+    for _ in range(20):
+        process = subprocess.Popen([*words, "--epochs", "1000000"], **how)
+        time.sleep(chance.uniform(0.1, 1.0))
+        process.kill()
+        assert process.communicate()[1] == b""
+        seen.append(artifact.read_checkpoint(unpacked_bundle / "now.safetensors", here.manifest.state)[1])
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 5
 
 
 def test_packing_is_what_tar_reads(tmp_path: Path) -> None:

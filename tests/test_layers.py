@@ -16,7 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "spec": {"errors"},
     "costs": {"errors"},
     "features": set(),
-    "native": {"errors"},
+    "native": {"elf", "errors", "toolchain"},
     "artifact": {"costs", "errors", "features", "runtime"},  # the runtime only when an artifact in memory is loaded
     "targets": {"errors", "features"},
     "selection": {"artifact", "errors"},

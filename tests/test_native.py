@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 import toy
-from native_step import ARTIFACT, CHECKPOINT, INPUT, NONFINITE, STORAGE, NativeError, NativeStep, for_host
+from builds import for_host, once
+from native_step import ARTIFACT, CHECKPOINT, INPUT, NONFINITE, STORAGE, NativeError, NativeStep
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
@@ -24,10 +25,9 @@ import tvmtrain as tt
 from tvmtrain import data, elf, native, toolchain
 from tvmtrain.training import Rate, order
 
-pytestmark = [
-    pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed"),
-    pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="the native runner is for x86-64 and aarch64"),
-]
+pytestmark = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "aarch64"), reason="the native half is for x86-64 and aarch64"
+)
 
 BATCH, SIZE = 4, 8
 SELECTS = ("first", "magnitude", "random", "rotate")
@@ -52,7 +52,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Batch statistics, Dropout, a filtered convolution, and a share of the channels by each kind of selection."""
-    return tt.build(_graph()).save(tmp_path_factory.mktemp("native") / "network")
+    return once(tmp_path_factory, "network", lambda folder: tt.build(_graph()).save(folder))
 
 
 def _model() -> nn.Module:
@@ -205,8 +205,8 @@ def _rewritten(folder: Path, change) -> None:
     ("change", "message"),
     [
         (lambda m: m["device"].update(arch="riscv64"), "compiled for riscv64"),
-        (lambda m: m["device"].update(features=["sve", "teleport"]), "whose processor has"),
-        (lambda m: m.update(format=2), "format 2, and this tvmtrain reads format 3"),
+        (lambda m: m.update(features=["sve", "teleport"]), "whose processor has"),
+        (lambda m: m.update(format=2), "format 2, and this tvmtrain reads format 4"),
         (lambda m: m["device"].update(name="späße\x7f\U0001f600", arch="riscv64"), "späße\x7f\U0001f600"),
     ],
 )
@@ -479,7 +479,7 @@ def test_the_example_in_c(host: Path, tmp_path: Path) -> None:
 
 def test_programs_start_on_systems_as_old_as_those_of_tvm(host: Path) -> None:
     """JetPack 4, the oldest that is built for, has glibc 2.27 and the C++ library of gcc 7."""
-    for name in (native.RUNNER, native.LIBRARY):
+    for name in (native.RUNNER, native.SERVER, native.LIBRARY):
         found = elf.read((host / name).read_bytes(), name)
         assert toolchain.version(found.glibc) <= (2, 27)
         assert toolchain.version(found.libstdcxx) <= (3, 4, 24)

@@ -17,13 +17,14 @@ import tvm
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from parity import RELATIVE, departures, quick_device
+from safetensors.numpy import load_file
 from torch import nn
 from tvm import relax
 
 import tvmtrain as tt
 from tvmtrain import artifact, cli, lowering, selection, signature, spec, verify
 from tvmtrain.artifact import Manifest, Selection
-from tvmtrain.errors import ArtifactError, InputError, NonFiniteLossError, PlanError
+from tvmtrain.errors import ArtifactError, CheckpointError, InputError, NonFiniteLossError, PlanError
 from tvmtrain.spec import Optimizer
 
 quick = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -560,6 +561,19 @@ def test_going_on_from_a_checkpoint_gives_the_same_bits(tmp_path: Path, step: tt
     other.restore(tmp_path / "now")
     assert [(listed(other.channels), other(X, Y)) for _ in range(4)] == expected
     assert everything(other) == everything(step)
+
+
+@pytest.mark.parametrize("channels", [[0, 1, 2, 2**30], [-1, 0, 1, 2], [1, 1, 2, 3]])
+def test_channels_of_a_forged_checkpoint_are_refused(tmp_path: Path, step: tt.TrainStep, channels: list[int]) -> None:
+    """A step would read and write beyond its weights."""
+    step.save(tmp_path / "good")
+    state = load_file(tmp_path / "good") | {"selection:second": np.array(channels, "int32")}
+    artifact.write_checkpoint(tmp_path / "bad", state, 3, "0.1.0")
+    before = everything(step)
+    with pytest.raises(CheckpointError, match=r"checkpoint .*bad: channels of layer 'second': got"):
+        step.restore(tmp_path / "bad")
+    assert everything(step) == before
+    assert step.steps == 0
 
 
 def test_magnitudes_are_those_of_loaded_weights_and_state_follows_its_channel(step: tt.TrainStep) -> None:

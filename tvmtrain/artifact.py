@@ -32,7 +32,7 @@ from tvmtrain.errors import ArtifactError, CheckpointError, DeviceError, Storage
 if TYPE_CHECKING:
     from tvmtrain.runtime import TrainStep
 
-FORMAT = 3
+FORMAT = 4
 CHECKPOINT_FORMAT = 1
 MANIFEST = "manifest.json"
 LIBRARY = "lib.so"
@@ -109,9 +109,10 @@ class Manifest:
     ``aliases`` maps tied names to the one name under which their state is kept; ``trained`` names the parameters that a step
     changes; ``lr`` is the rate when a call gives none; ``batch`` is the number of samples of a training step; ``unread`` is
     state that no entry takes and ``state_dict`` still owes; ``selections`` are the layers of which a step trains a share.
-    ``device`` is what the code was compiled for (``arch`` and ``features``, names of ``tvmtrain.features``, are checked), ``plan`` the
-    update plan as TOML. ``memory``, ``costs`` (by layer, in the order in which the model uses them) and ``kernels`` (of ``train_step``,
-    in the order of their first calls) are what was known when the step was compiled.
+    ``device`` is what the code was compiled for, as ``Device.from_dict`` reads it; ``features`` are the names (``tvmtrain.features``)
+    of what a processor must have to run it; ``plan`` is the update plan as TOML. ``memory``, ``costs`` (by layer, in the order in which
+    the model uses them) and ``kernels`` (of ``train_step``, in the order of their first calls) are what was known when the step was
+    compiled.
     """
 
     entries: tuple[Entry, ...]
@@ -129,6 +130,7 @@ class Manifest:
     kernels: tuple[Kernel, ...]
     unread: tuple[TensorSpec, ...] = ()
     selections: tuple[Selection, ...] = ()
+    features: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_specs(self)
@@ -180,6 +182,7 @@ class Manifest:
             kernels=tuple(_kernel(item) for item in fields.items("kernels")),
             unread=tuple(_spec(item) for item in fields.items("unread")),
             selections=tuple(_selection(item) for item in fields.items("selections")),
+            features=tuple(fields.names("features")),
         )
 
 
@@ -280,7 +283,7 @@ def check_machine(
         raise ArtifactError(
             f"{LIBRARY} was compiled for {wanted} (device {name!r}) and {where} is {here}; build it for {where}"
         )
-    if has is not None and (missing := [need for need in manifest.device.get("features", ()) if need not in has]):
+    if has is not None and (missing := [need for need in manifest.features if need not in has]):
         raise ArtifactError(
             f"{LIBRARY} was compiled for a newer processor (device {name!r}): {where}, {here}, lacks {', '.join(missing)}; "
             f"build it for {where}"
@@ -651,9 +654,6 @@ def _check_entries(manifest: Manifest) -> None:
 
 def _check_settings(manifest: Manifest) -> None:
     """Names refer to state that exists; numbers are in their ranges."""
-    needs = manifest.device.get("features", [])
-    if not isinstance(needs, list | tuple) or any(type(need) is not str for need in needs):
-        raise ArtifactError(f"manifest: device: 'features' holds {needs!r}; want a list of str")
     for tied, name in manifest.aliases.items():
         if name not in manifest.state or tied in manifest.state:
             raise ArtifactError(f"alias {tied!r} of {name!r}: want a new name for existing state")

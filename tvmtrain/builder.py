@@ -81,7 +81,7 @@ def _manifest(
         loss=graph.loss,
         optimizer=optimizer_to_dict(graph.optimizer),
         plan=graph.plan.to_toml() if graph.plan is not None else None,
-        device=device.to_dict() | {"features": list(codegen.features(device))},
+        device=device.to_dict(),
         versions=versions,
         lr=graph.optimizer.lr,
         batch=graph.imported.batch,
@@ -90,6 +90,7 @@ def _manifest(
         kernels=kernels,
         unread=tuple(unread),
         selections=graph.selections,
+        features=codegen.features(device),
     )
 
 

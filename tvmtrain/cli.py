@@ -24,6 +24,8 @@ from tvmtrain.errors import InputError, RemoteError, TvmtrainError
 from tvmtrain.spec import OPTIMIZERS, Optimizer
 
 if TYPE_CHECKING:
+    from tvmtrain.artifact import Manifest
+    from tvmtrain.data import Data
     from tvmtrain.fleet import Fleet
     from tvmtrain.jobs import Job
     from tvmtrain.remote import Board
@@ -227,9 +229,14 @@ def _add_serve(commands: Any) -> None:
     _add_threads(parser)
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
+def _add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
     data = parser.add_argument_group("data")
-    data.add_argument("--data", type=Path, required=True, help="an .npz file with x and y, or a folder of images per class")
+    data.add_argument(
+        "--data",
+        type=Path,
+        required=required,
+        help="an .npz file with x and y, a folder of images per class, or a board's .safetensors file",
+    )
     data.add_argument("--eval-data", type=Path, help="evaluate on this (default: x_test and y_test, or test/, of --data)")
     data.add_argument("--keys", metavar="x=NAME,y=NAME", type=_names, default={}, help="names of arrays in the .npz file")
     data.add_argument(
@@ -309,6 +316,7 @@ def _add_deploy(commands: Any) -> None:
         metavar="FILE",
         help="a wheel of apache-tvm or apache-tvm-ffi for the board's processor (default: pip downloads them into a cache)",
     )
+    _add_data(parser, required=False)
 
 
 def _add_devices(commands: Any) -> None:
@@ -442,13 +450,11 @@ def _optimizer(options: argparse.Namespace) -> Optimizer:
 
 
 def _run(options: argparse.Namespace, out: Console) -> Outcome:
-    from tvmtrain import data, training
+    from tvmtrain import training
 
     board = _board(options)
     step = _loaded(options, board)
-    normalization = data.Normalization(options.mean, options.std)
-    samples = data.load(options.data, step.manifest, keys=options.keys, normalization=normalization)
-    samples = _with_evaluation(samples, options, step.manifest, normalization).limited(options.limit)
+    samples = _samples(options, step.manifest)
     if options.resume is not None:
         step.restore(options.resume)
     if options.eval:
@@ -504,16 +510,18 @@ def _home(options: argparse.Namespace) -> Path:
     return options.save or options.artifact / "remote.safetensors"
 
 
-def _with_evaluation(samples: Any, options: argparse.Namespace, manifest: Any, normalization: Any) -> Any:
-    """The samples with those of --eval-data to evaluate on."""
+def _samples(options: argparse.Namespace, manifest: Manifest) -> Data:
+    """The samples of --data, with those of --eval-data to evaluate on."""
     from tvmtrain import data
 
+    how: dict[str, Any] = {"keys": options.keys, "normalization": data.Normalization(options.mean, options.std)}
+    samples = data.load(options.data, manifest, **how)
     if options.eval_data is None:
-        return samples
-    other = data.load(options.eval_data, manifest, keys=options.keys, normalization=normalization)
+        return samples.limited(options.limit)
+    other = data.load(options.eval_data, manifest, **how)
     if samples.classes and other.classes and samples.classes != other.classes:
         raise InputError(f"{options.eval_data}: classes {other.classes} are not those of {options.data}: {samples.classes}")
-    return data.Data(samples.train, other.evaluation, samples.classes)
+    return data.Data(samples.train, other.evaluation, samples.classes).limited(options.limit)
 
 
 def _evaluate_only(step: Any, samples: Any, out: Console) -> Outcome:
@@ -661,10 +669,15 @@ def _tune(options: argparse.Namespace, out: Console) -> Outcome:
 
 
 def _deploy(options: argparse.Namespace, out: Console) -> Outcome:
-    from tvmtrain import deploy
+    from tvmtrain import artifact, deploy
 
+    if options.data is None and options.eval_data is not None:
+        raise UsageError("--eval-data: needs --data")
+    samples = None
+    if options.data is not None:
+        samples = _samples(options, artifact.read(options.artifact, foreign=True).manifest)
     with out.working(f"packing {options.artifact} for {options.device}"):
-        bundle = deploy.deploy(options.artifact, options.device, options.output, options.wheel)
+        bundle = deploy.deploy(options.artifact, options.device, options.output, options.wheel, samples)
     out.line(f"{bundle.path}: {size(bundle.packed)}, unpacked {size(bundle.unpacked)}, of which weights {size(bundle.weights)}")
     out.table(("file", ">bytes"), [(name, f"{count:,}") for name, count in bundle.files.items()])
     for note in bundle.notes:

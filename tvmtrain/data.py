@@ -1,22 +1,24 @@
-"""Samples for a compiled step: an .npz file, or a folder of images per class. NumPy; PIL for image files only.
+"""Samples for a compiled step: an .npz file, a board's .safetensors file, or a folder of images per class. PIL for image files only.
 
 Samples stay as they are stored (images as bytes) until their batch is asked for. What happens then, in this order, so that
 another program can do the same: channels first; uint8 / 255; resized to the compiled height and width, if it differs, by
-``resize``; (x - mean) / std.
+``resize``; (x - mean) / std. A board's file (``encoded``) has this done, but for images that stay bytes and their numbers beside them.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from safetensors import numpy as tensor_file
 
 from tvmtrain import artifact
@@ -24,6 +26,7 @@ from tvmtrain.artifact import Manifest, TensorSpec
 from tvmtrain.errors import InputError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+SUFFIX = ".safetensors"  # of a board's file
 TRAIN_FOLDERS = ("train", "training")
 TEST_FOLDERS = ("test", "val", "validation", "valid")
 
@@ -57,13 +60,15 @@ class Normalization:
 class Dataset:
     """Samples as they are stored; ``batch`` gives them as the compiled step takes them.
 
-    ``inputs`` and ``targets`` have one array for each input and target of the step, of ``specs``; all are equally long.
+    ``inputs`` and ``targets`` have one array for each input and target of the step, of ``specs``; all are equally long. ``ready``: what
+    is not bytes is normalized already.
     """
 
     inputs: tuple[np.ndarray, ...]
     targets: tuple[np.ndarray, ...]
     specs: tuple[TensorSpec, ...]
     normalization: Normalization = field(default_factory=Normalization)
+    ready: bool = False
 
     def __len__(self) -> int:
         return len(self.targets[0])
@@ -72,17 +77,20 @@ class Dataset:
         """(inputs, targets) of the samples ``indices``."""
         rows = np.asarray(indices)
         pairs = zip((*self.inputs, *self.targets), self.specs, strict=True)
-        ready = [prepare(array[rows], spec, self.normalization) for array, spec in pairs]
-        return tuple(ready[: len(self.inputs)]), tuple(ready[len(self.inputs) :])
+        made = [self.prepared(array[rows], spec) for array, spec in pairs]
+        return tuple(made[: len(self.inputs)]), tuple(made[len(self.inputs) :])
+
+    def prepared(self, samples: np.ndarray, spec: TensorSpec) -> np.ndarray:
+        """Some of the stored samples as the input or target ``spec``."""
+        done = self.ready and samples.dtype != np.uint8
+        return prepare(samples, spec, Normalization() if done else self.normalization)
 
     def limited(self, count: int | None) -> Dataset:
         """``count`` samples, evenly spread over all (sample i is number i * len // count), so that sorted classes all occur."""
         if count is None or count >= len(self):
             return self
         rows = np.arange(count) * len(self) // count
-        return Dataset(
-            tuple(a[rows] for a in self.inputs), tuple(a[rows] for a in self.targets), self.specs, self.normalization
-        )
+        return replace(self, inputs=tuple(a[rows] for a in self.inputs), targets=tuple(a[rows] for a in self.targets))
 
 
 @dataclass(frozen=True)
@@ -110,15 +118,23 @@ def load(
     """The samples in ``path`` for the step of ``manifest``.
 
     An .npz has, for an input named x and a target y, x and y (or x_train and y_train), and x_test and y_test to evaluate on;
-    ``keys`` maps these names to others. A folder has one folder of images per class, sorted by name, or train/ and test/ of
+    ``keys`` maps these names to others. A .safetensors file has the same, as ``tvmtrain-run`` takes them: what is not bytes is ready,
+    and it says itself how bytes are normalized. A folder has one folder of images per class, sorted by name, or train/ and test/ of
     such. Raises ``InputError`` for what is missing or does not fit the step.
     """
     path, normalization = Path(path), normalization or Normalization()
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     specs = tuple(spec for spec in manifest.named["train_step"].inputs if spec.role in ("input", "target"))
-    found = _read_folder(path, specs, manifest) if path.is_dir() else _read_npz(path, specs, keys or {})
-    train, test = (_dataset(part, specs, normalization, path) for part in (found.train, found.test))
+    ready = path.suffix == SUFFIX and not path.is_dir()
+    if path.is_dir():
+        found = _read_folder(path, specs, manifest)
+    else:
+        arrays = _read_tensors(path) if ready else _read_npz(path, specs)
+        found = _named(arrays, specs, keys or {}, path)
+    if ready:
+        normalization = _own_normalization(path, normalization)
+    train, test = (_dataset(part, specs, normalization, ready, path) for part in (found.train, found.test))
     data = Data(train, test, found.classes)
     if data.evaluation is None:
         raise InputError(f"{path}: no samples in it")
@@ -126,23 +142,38 @@ def load(
 
 
 def write(path: str | Path, dataset: Dataset) -> None:
-    """Write ``dataset`` as a safetensors file for ``tvmtrain-run``: a tensor for each input and target, by name.
+    """Write ``encoded`` samples into a file. Raises ``StorageError``; an old file is intact."""
+    artifact.write_file(Path(path), encoded(dataset))
 
-    Images stay bytes; the numbers to normalize them by lie beside them, in the file's metadata, as JSON. All else is written as
-    the step takes it. Raises ``StorageError``; an old file is intact.
+
+def encoded(dataset: Dataset) -> bytes:
+    """``dataset`` as a safetensors file for ``tvmtrain-run``: a tensor for each input and target, by name.
+
+    Images stay bytes; the numbers to normalize them by lie beside them, in the file's metadata, as JSON. All else is as the step
+    takes it.
     """
     pairs = zip((*dataset.inputs, *dataset.targets), dataset.specs, strict=True)
-    arrays = {spec.name: _stored(array, spec, dataset.normalization) for array, spec in pairs}
+    arrays = {spec.name: _stored(array, spec, dataset) for array, spec in pairs}
     facts = {name: json.dumps(getattr(dataset.normalization, name)) for name in ("mean", "std")}
-    artifact.write_file(Path(path), tensor_file.save(arrays, facts))
+    return _in_order(tensor_file.save(arrays, facts))
 
 
-def _stored(samples: np.ndarray, spec: TensorSpec, normalization: Normalization) -> np.ndarray:
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: the library writes them in any order, and equal samples make equal bytes."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
+
+
+def _stored(samples: np.ndarray, spec: TensorSpec, dataset: Dataset) -> np.ndarray:
     if samples.dtype == np.uint8 and spec.role == "input" and spec.dtype == "float32":
         images = _channels_first(samples, spec)
         if images.shape[1:] == spec.shape[1:]:
             return np.ascontiguousarray(images)
-    return np.ascontiguousarray(prepare(samples, spec, normalization).astype(spec.dtype, copy=False))
+    return np.ascontiguousarray(dataset.prepared(samples, spec).astype(spec.dtype, copy=False))
 
 
 @dataclass(frozen=True)
@@ -155,7 +186,7 @@ class _Found:
 
 
 def _dataset(
-    arrays: tuple[np.ndarray, ...], specs: tuple[TensorSpec, ...], normalization: Normalization, path: Path
+    arrays: tuple[np.ndarray, ...], specs: tuple[TensorSpec, ...], normalization: Normalization, ready: bool, path: Path
 ) -> Dataset | None:
     """Checked on its first sample, so that a wrong shape is told before training starts."""
     if not arrays:
@@ -164,7 +195,7 @@ def _dataset(
     if len(set(counts.values())) != 1 or 0 in counts.values():
         raise InputError(f"{path}: numbers of samples are {counts}; want one number for all, and at least 1")
     inputs = sum(spec.role == "input" for spec in specs)
-    dataset = Dataset(arrays[:inputs], arrays[inputs:], specs, normalization)
+    dataset = Dataset(arrays[:inputs], arrays[inputs:], specs, normalization, ready)
     try:
         dataset.batch([0])
     except InputError as error:
@@ -172,10 +203,10 @@ def _dataset(
     return dataset
 
 
-# .npz files.
+# Files of named arrays.
 
 
-def _read_npz(path: Path, specs: Sequence[TensorSpec], keys: Mapping[str, str]) -> _Found:
+def _read_npz(path: Path, specs: Sequence[TensorSpec]) -> dict[str, np.ndarray]:
     try:
         stored = np.load(path, allow_pickle=False)
         if isinstance(stored, np.ndarray):
@@ -183,11 +214,40 @@ def _read_npz(path: Path, specs: Sequence[TensorSpec], keys: Mapping[str, str]) 
                 f"{path}: one .npy array; want an .npz with {_wanted(specs)}: numpy.savez(path, x=images, y=labels)"
             )
         with stored:
-            arrays = {name: stored[name] for name in stored.files}
+            return {name: stored[name] for name in stored.files}
     except InputError:
         raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: not a readable .npz file of plain arrays: {error}") from error
+
+
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return tensor_file.load_file(path)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a readable safetensors file of NumPy's dtypes: {error}") from error
+
+
+def _own_normalization(path: Path, given: Normalization) -> Normalization:
+    """What the safetensors file ``path`` says of its bytes."""
+    if given != Normalization():
+        raise InputError(f"{path}: a safetensors file says itself how its images are normalized; leave mean and std out")
+    with safe_open(path, "np") as file:
+        facts = file.metadata() or {}
+    return Normalization(**{name: _metadata_numbers(facts[name], name, path) for name in ("mean", "std") if name in facts})
+
+
+def _metadata_numbers(text: str, name: str, path: Path) -> tuple[float, ...]:
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, list) or not values or any(type(v) not in (int, float) or not math.isfinite(v) for v in values):
+        raise InputError(f"{path}: metadata {name!r} is {text}; want a list of numbers")
+    return tuple(map(float, values))
+
+
+def _named(arrays: Mapping[str, np.ndarray], specs: Sequence[TensorSpec], keys: Mapping[str, str], path: Path) -> _Found:
     unknown = {name for name in keys.values() if name not in arrays}
     if unknown:
         raise InputError(f"{path}: no array named {', '.join(sorted(unknown))}; it holds {', '.join(arrays)}")

@@ -17,15 +17,15 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from tvmtrain import artifact, cuda_compiler, elf, native, targets, toolchain, wheels
+from tvmtrain import artifact, cuda_compiler, data, elf, native, targets, toolchain, wheels
 from tvmtrain.artifact import Manifest
+from tvmtrain.data import Data
 from tvmtrain.elf import Elf
 from tvmtrain.errors import DeviceError, InputError
 from tvmtrain.targets import Device
 from tvmtrain.wheels import Package
 
 RUNTIME = ("tvm/lib/libtvm_runtime.so",)
-EXTRA = ("tvm/lib/libtvm_runtime_extra.so",)  # what a tuner calls over RPC
 GPU_RUNTIME = ("tvm/lib/libtvm_runtime_cuda.so",)
 FFI = ("tvm_ffi/lib/libtvm_ffi.so",)
 STARTED = ("bin/", "train.sh")
@@ -54,11 +54,16 @@ class Bundle:
 
 
 def deploy(
-    folder: str | os.PathLike[str], device: str | Device, output: str | os.PathLike[str], given: Sequence[Path] = ()
+    folder: str | os.PathLike[str],
+    device: str | Device,
+    output: str | os.PathLike[str],
+    given: Sequence[Path] = (),
+    samples: Data | None = None,
 ) -> Bundle:
     """Write the artifact in ``folder`` with all that ``device`` needs to train into ``output``, a .tar.gz file.
 
     ``given``: wheels of apache-tvm and apache-tvm-ffi for the device's processor; what is not given is downloaded with pip.
+    ``samples`` (``data.load`` with this artifact's manifest) lie in it as train.safetensors and test.safetensors.
     Raises ``DeviceError`` for an artifact of another device, for tools that are missing here, and for programs that would not start
     there; ``ArtifactError`` for damaged files; ``StorageError`` for an output that cannot be written (an old one stays as it was).
     """
@@ -70,12 +75,18 @@ def deploy(
     files, notes = _native_files(device, stored.manifest, given)
     files |= {f"artifact/{name}": data for name, data in artifact.contents(folder).items()}
     files |= {"train.sh": _text("train.sh"), "README.md": _readme(device, stored.manifest, notes)}
+    files |= _samples(samples)
     glibc = _check_native(files, device)
-    data = pack(files, f"tvmtrain-{device.name}")
-    artifact.write_file(Path(output), data)
+    packed = pack(files, f"tvmtrain-{device.name}")
+    artifact.write_file(Path(output), packed)
     sizes = {name: len(files[name]) for name in sorted(files)}
     weights = sum(stored.manifest.state_bytes.get(role, 0) for role in artifact.MODEL_ROLES)
-    return Bundle(str(output), device.name, len(data), sum(sizes.values()), weights, glibc, sizes, notes)
+    return Bundle(str(output), device.name, len(packed), sum(sizes.values()), weights, glibc, sizes, notes)
+
+
+def _samples(samples: Data | None) -> dict[str, bytes]:
+    parts = {"train": samples.train, "test": samples.test} if samples is not None else {}
+    return {f"{name}.safetensors": data.encoded(part) for name, part in parts.items() if part is not None}
 
 
 def pack(files: Mapping[str, bytes], root: str) -> bytes:
@@ -120,10 +131,7 @@ def _native_files(device: Device, manifest: Manifest, given: Sequence[Path]) -> 
         notes = _gpu_notes(elf.read(gpu[f"lib/{GPU_LIBRARY}"], GPU_LIBRARY), manifest, device)
         # Where it cannot be loaded, the user puts the board's own in its place.
         files |= {} if _needs_newer_cuda(elf.read(gpu[f"lib/{GPU_LIBRARY}"], GPU_LIBRARY), device) else gpu
-    programs = _programs(device, libraries)
-    if any(name.endswith("-serve") for name in programs):
-        files |= _named("lib", wheels.files(tvm, EXTRA))
-    return files | programs, notes
+    return files | _programs(device, libraries), notes
 
 
 def _version(manifest: Manifest) -> str:
@@ -240,7 +248,7 @@ def _readme(device: Device, manifest: Manifest, notes: Iterable[str]) -> bytes:
             megabytes=f"{(state + arena) / 2**20:.1f}",
             notes="".join(f"\n> {note}\n" for note in notes),
             cuda=recipe,
-            features=", ".join(manifest.device.get("features", ())) or "none",
+            features=", ".join(manifest.features) or "none",
         )
         .encode()
     )

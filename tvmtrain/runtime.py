@@ -31,7 +31,15 @@ import numpy as np
 
 from tvmtrain import artifact, gpu_code, selection
 from tvmtrain.artifact import MODEL_ROLES, STATE_ROLES, Entry, LossSpec, Manifest, Selection, TensorSpec
-from tvmtrain.errors import ArtifactError, DeviceError, InputError, NonFiniteLossError, StorageError, TvmtrainError
+from tvmtrain.errors import (
+    ArtifactError,
+    CheckpointError,
+    DeviceError,
+    InputError,
+    NonFiniteLossError,
+    StorageError,
+    TvmtrainError,
+)
 
 
 @contextmanager
@@ -326,6 +334,11 @@ class TrainStep:
         """Take all state from a file of ``save``. Raises ``CheckpointError``, and nothing has changed, if it does not fit."""
         wanted = {**self.manifest.state, **selection.specs(self.manifest.selections)}
         values, steps = artifact.read_checkpoint(path, wanted)
+        for chosen in (s for s in self.manifest.selections if s.select == "magnitude"):
+            try:
+                selection.check(chosen, values[selection.key(chosen)])
+            except InputError as error:  # a step would read and write beyond its weights
+                raise CheckpointError(f"checkpoint {path}: {error}") from error
         self._moment = self._prepared({name: self._tensor(value) for name, value in values.items()}, steps)
 
     def _tensor(self, value: np.ndarray) -> Any:

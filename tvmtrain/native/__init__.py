@@ -1,10 +1,9 @@
-"""The native half, for boards without Python: a C API and a runner, compiled by CMake for this machine or a board's."""
+"""The native half, for boards without Python: a C API, a runner and a server, compiled by CMake for this machine or a board's."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from tvmtrain import elf, toolchain
 from tvmtrain.errors import DeviceError
 
 SOURCES = Path(__file__).parent
@@ -25,16 +25,16 @@ class Built:
     """What ``build`` made. ``glibc``: the newest version of the C library that any of it asks for, such as "2.34"."""
 
     runner: Path
+    server: Path
     library: Path
     header: Path
-    server: Path | None
     glibc: str
 
 
 def build(
     into: str | os.PathLike[str], libraries: str | os.PathLike[str] | None = None, cxx: Sequence[str] = ("c++",)
 ) -> Built:
-    """Compile the runner and the C API and put them into the folder ``into``, as bin/, lib/ and include/.
+    """Compile the runner, the server and the C API and put them into the folder ``into``, as bin/, lib/ and include/.
 
     ``libraries``: folder with the ``LIBRARIES`` of the machine that they are for; None: those of this Python. Programs look for
     them in lib/ beside bin/. ``cxx``: the C++ compiler and its arguments. Raises ``DeviceError`` for what is missing or fails.
@@ -48,10 +48,9 @@ def build(
             Path(folder) / "build", ("all",), cxx, {"TVM_LIBRARIES": str(places), "TVM_FFI_INCLUDE": str(_headers())}
         )
         _command("cmake", "--install", str(Path(folder) / "build"), "--prefix", str(into))
-    server = into / SERVER
-    made = [into / name for name in (RUNNER, LIBRARY)]
-    newest = max((_glibc(path) for path in (*made, *([server] if server.exists() else []))), key=_numbers)
-    return Built(made[0], made[1], into / HEADER, server if server.exists() else None, newest)
+    runner, server, library = made = [into / name for name in (RUNNER, SERVER, LIBRARY)]
+    newest = max((elf.read(path.read_bytes(), path.name).glibc for path in made), key=toolchain.version)
+    return Built(runner, server, library, into / HEADER, newest)
 
 
 def compile_targets(
@@ -109,13 +108,3 @@ def _package(name: str) -> Path:
     if found is None or found.origin is None:
         raise DeviceError(f"the package {name} is not installed; pip install tvmtrain")
     return Path(found.origin).parent
-
-
-def _glibc(path: Path) -> str:
-    """The newest GLIBC_x.y among the versions that a program or library names."""
-    found = re.findall(rb"\0GLIBC_(\d+(?:\.\d+)+)(?=\0)", path.read_bytes())
-    return max((version.decode() for version in found), key=_numbers, default="0")
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("."))

@@ -143,7 +143,6 @@ Device device_of(const Fields& fields) {
     const Fields target = fields.inner("target");
     device.gpu = target.has("kind") && target.text("kind") == "cuda";
   }
-  if (fields.has("features")) device.features = fields.names("features");
   return device;
 }
 
@@ -346,6 +345,7 @@ Manifest manifest_of(const Json& document) {
   manifest.trained = fields.names("trained");
   manifest.loss = loss_of(fields.inner("loss"));
   manifest.device = device_of(fields.inner("device"));
+  manifest.device.features = fields.names("features");
   manifest.versions = fields.texts("versions");
   manifest.lr = fields.number("lr");
   manifest.batch = fields.whole("batch");

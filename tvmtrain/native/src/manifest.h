@@ -14,7 +14,7 @@
 
 namespace tt {
 
-constexpr int kFormat = 3;
+constexpr int kFormat = 4;
 
 enum class Role { kInput, kTarget, kRate, kChannels, kLoss, kOutput, kGradient, kPrepared, kParameter, kBuffer, kOptimizer, kRandom };
 
