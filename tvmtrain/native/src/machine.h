@@ -33,7 +33,7 @@ struct Use {
 
 // Bytes that training takes at its peak. Loading: the state and its file. Running: the state, what is made of it once, the entry that
 // takes most, and a copy of the state where it is saved. Resuming: the state, the file, and the new state beside the old.
-int64_t needed_memory(const Manifest& manifest, int threads, const Use& use);
+int64_t needed_memory(const Manifest& manifest, int threads, const Use& use = {});
 
 }  // namespace tt
 
