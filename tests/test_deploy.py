@@ -293,6 +293,17 @@ def test_a_wheel_is_known_by_its_name() -> None:
     for version, arch, suffix in (("0.26", "aarch64", "whl"), (TVM, "x86_64", "whl"), (TVM, "aarch64", "zip")):
         assert not package.is_wheel(Path(name.format(version, arch, arch, suffix)), "aarch64")
     assert not package.is_wheel(Path(f"apache_tvm_ffi-{TVM}-py3-none-manylinux_2_28_aarch64.whl"), "aarch64")
+    assert not package.is_wheel(Path(f"apache_tvm-{TVM}-py3-none-musllinux_1_2_aarch64.whl"), "aarch64")
+
+
+def test_a_given_wheel_that_does_not_fit_is_named() -> None:
+    packages = (Package("apache-tvm", TVM), Package("apache-tvm-ffi", FFI))
+    good = Path(f"apache_tvm-{TVM}-py3-none-manylinux_2_28_aarch64.whl")
+    wheels.check(packages, "aarch64", [good])
+    with pytest.raises(
+        DeviceError, match=r"apache_tvm-0\.26-.*: want a wheel of apache-tvm .* or apache-tvm-ffi .* on aarch64"
+    ):
+        wheels.check(packages, "aarch64", [good, Path("apache_tvm-0.26-py3-none-manylinux_2_28_aarch64.whl")])
 
 
 def test_files_fit_the_record(tmp_path: Path) -> None:

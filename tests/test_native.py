@@ -354,6 +354,8 @@ def test_images_stay_bytes_and_become_what_python_makes_of_them(network: Path, h
         ({"x": np.zeros((8, 6), "float32")}, "no tensor named 'y'"),
         ({"x": np.zeros((8, 5), "float32"), "y": np.zeros(8, "int64")}, "'x' has shape [8, 5]; want that of the step, [4, 6]"),
         ({"x": np.zeros((8, 6), "float32"), "y": np.zeros(7, "int64")}, "'y' has 7 samples and others have 8"),
+        ({"x": np.zeros((0, 6), "float32"), "y": np.zeros(8, "int64")}, "'y' has 8 samples and others have 0"),
+        ({"x": np.zeros((0, 6), "float32"), "y": np.zeros(0, "int64")}, "no samples in it"),
         ({"x": np.zeros((8, 6), "float64"), "y": np.zeros(8, "int64")}, "'x' is float64; want float32, or uint8 images"),
         ({"x": np.zeros((8, 6), "float32"), "y": np.full(8, 9)}, "has the label 9 at (0)"),
         (
@@ -394,6 +396,30 @@ def test_too_little_memory_is_told_before_anything_is_loaded(dense: Path, host: 
     assert "training needs 10737418" in error
     assert "available" in error
     _run(host, folder, "--data", tmp_path / "data", "--anyway")
+
+
+def test_predicting_leaves_the_checkpoint_as_it_is(dense: Path, host: Path, tmp_path: Path) -> None:
+    _write_data(tmp_path / "data", (6,), 3, 8)
+    words = (dense, "--data", tmp_path / "data", "--checkpoint", tmp_path / "now", "--threads", 1)
+    _run(host, *words, "--epochs", 2)
+    trained = (tmp_path / "now").read_bytes()
+    lines, _ = _run(host, *words, "--predict", tmp_path / "out")
+    assert "checkpoint" not in lines[-1]
+    lines, _ = _run(host, *words, "--predict", tmp_path / "resumed", "--resume")
+    assert lines[-1]["checkpoint"] == str(tmp_path / "now")
+    assert (tmp_path / "now").read_bytes() == trained
+    assert (tmp_path / "out").read_bytes() != (tmp_path / "resumed").read_bytes()
+    (tmp_path / "now").unlink()
+    assert "there is nothing to train" in _run(host, *words, "--predict", tmp_path / "out", "--resume", status=1)[1]
+
+
+def test_a_rate_that_float32_lacks_is_refused(dense: Path, library: Path) -> None:
+    step, here = NativeStep(library, dense), tt.load(dense)
+    x, y = _batches(1, (6,), 3)[0]
+    assert "finite in float32" in str(_failure(step, x, y, 1e39))
+    with pytest.raises(tt.errors.InputError, match="finite in float32"):
+        here(x, y, lr=1e39)
+    assert step(x, y) == here(x, y)
 
 
 def test_processors_and_threads_are_settable(dense: Path, host: Path, tmp_path: Path) -> None:

@@ -237,7 +237,9 @@ def _tensor_files() -> list[tuple[bytes, bytes]]:
         path = Path(folder) / "checkpoint"
         artifact.write_checkpoint(path, GOOD_STATE, 7, "0.1.0")
         checkpoint = path.read_bytes()
-    return [(b"T", tensor_file.save(GOOD_STATE)), (b"C", checkpoint), (b"D", tensor_file.save(GOOD_DATA)), (b"D", images)]
+    same = tensor_file.save(IMAGES, {"mean": "[0.1]", "std": "[0.5]"})
+    kinds = [(b"T", tensor_file.save(GOOD_STATE)), (b"C", checkpoint)]
+    return [*kinds, *((b"D", data) for data in (tensor_file.save(GOOD_DATA), images, same))]
 
 
 MANIFEST_FILE = _letter("M", GOOD_MANIFEST)
@@ -282,3 +284,12 @@ def test_any_bytes_at_all(data: bytes, lengths: list[int], kind: str) -> None:
 def test_deep_and_long_files_end_in_an_error() -> None:
     deep = [b"J" + opening * 100_000 for opening in (b"[", b'{"a":', b'[{"a":')]
     assert read([*deep, b"J" + b"9" * 10_000_000, b"T" + (2**63 + 5).to_bytes(8, "little") + b"{}"])[-1] == "1 of 5 accepted"
+    many = b"J[" + b"[]," * (4 << 20) + b"[]]"
+    assert read([many])[-1] == "0 of 1 accepted"
+
+
+def test_data_of_unlike_lengths_are_refused() -> None:
+    """A column without samples is not one whose length is not known yet."""
+    for x, y in ((0, 9), (9, 0), (0, 0), (8, 9)):
+        unlike = {"x": np.ones((x, toy.FEATURES), "float32"), "y": np.ones(y, "int64")}
+        assert read([MANIFEST_FILE, b"D" + tensor_file.save(unlike)])[-1] == "1 of 2 accepted"

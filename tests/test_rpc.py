@@ -21,12 +21,14 @@ import toy
 from boards import KEY, Server
 from builds import once
 from parity import quick_device
+from safetensors.numpy import load_file
 from torch import nn
 from tvm.s_tir import meta_schedule as ms
 
 import tvmtrain as tt
-from tvmtrain import artifact, cli, fleet, remote, runtime, targets, trials, tuner
+from tvmtrain import artifact, cli, fleet, remote, runtime, targets, training, trials, tuner
 from tvmtrain.console import Console
+from tvmtrain.data import Dataset
 from tvmtrain.errors import ArtifactError, DeviceError, InputError, NonFiniteLossError, RemoteError
 from tvmtrain.schedules import records
 
@@ -249,11 +251,41 @@ def test_a_busy_server_is_told(start: Start, kind: str, monkeypatch: pytest.Monk
 def test_one_that_says_nothing_or_nonsense_keeps_nobody_out(start: Start, kind: str) -> None:
     port = start(kind).port()
     silent = socket.create_connection(("127.0.0.1", port))
-    for nonsense in (b"GET / HTTP/1.1\r\n\r\n", bytes(4), b"\x71\xf2\x0f\x00\xff\xff\xff\x7f"):
+    slow = socket.create_connection(("127.0.0.1", port))
+    slow.sendall(b"\x71")
+    magic = b"\x71\xf2\x0f\x00"
+    for nonsense in (
+        *(b"GET / HTTP/1.1\r\n\r\n", bytes(4), magic + b"\xff\xff\xff\x7f", magic + bytes(4)),
+        *(magic + b"\x01\0\0\0 ", magic + b"\x02\0\0\0\xff\xff", magic + b"\x09\0\0\0client:"),
+    ):
         with socket.create_connection(("127.0.0.1", port)) as client:
             client.sendall(nonsense)
     assert remote.connect(f"127.0.0.1:{port}", KEY).facts.cores >= 1
     silent.close()
+    slow.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_steps_of_one_session(start: Start, kind: str, toy_folder: Path, quick: Path) -> None:
+    """The second library must not be written over the first, whose code is mapped."""
+    board = remote.connect(start(kind).address, KEY)
+    folders = (toy_folder, quick, toy_folder)
+    there, here = [board.load(folder, threads=1) for folder in folders], [runtime.load(folder, threads=1) for folder in folders]
+    for i, (x, y) in enumerate(batches(2)):
+        assert there[1](x, y) == here[1](x, y)
+        for j in (0, 2):
+            assert there[j](*batch(i)) == here[j](*batch(i))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_session_that_is_closed_makes_room(start: Start, kind: str, toy_folder: Path, monkeypatch) -> None:
+    address = start(kind).address
+    step = remote.connect(address, KEY).load(toy_folder)
+    step.place.board.close()
+    monkeypatch.setattr(remote, "GREETING", 10.0)
+    assert remote.connect(address, KEY).facts.cores >= 1
+    with pytest.raises(RemoteError, match="is lost"):
+        step(*batch(0))
 
 
 def test_an_artifact_of_another_processor_is_refused_before_it_travels(start: Start, tmp_path: Path) -> None:
@@ -352,7 +384,8 @@ def test_a_run_goes_on_when_the_board_comes_back(
     server, home = start("native"), tmp_path / "home.safetensors"
     monkeypatch.setattr(cli, "PAUSE", 0.1)
     ender = _ending(server, home, times=2)
-    assert run_on(server, toy_folder, data, "--epochs", "150", "--save", str(home), "--save-every", "5", "--json") == 0
+    options = ["--save", str(home), "--save-every", "5", "--weights", str(tmp_path / "weights"), "--json"]
+    assert run_on(server, toy_folder, data, "--epochs", "150", *options) == 0
     ender.join(timeout=30)
     out, err = capsys.readouterr()
     assert json.loads(out)["steps"] == 1500
@@ -364,6 +397,60 @@ def test_a_run_goes_on_when_the_board_comes_back(
         cli.main(["run", str(toy_folder), "--data", str(data), "--epochs", "150", "--save", str(tmp_path / "h"), "--json"]) == 0
     )
     assert_same_checkpoints(home, tmp_path / "h")
+    for name, value in load_file(tmp_path / "weights").items():
+        np.testing.assert_array_equal(value, here.state_dict()[name])
+
+
+class Failing:
+    """A place whose calls of ``entry`` fail after ``good`` of them, as a board's that has no memory."""
+
+    def __init__(self, place: runtime.Place, good: int, entry: str = "train_step") -> None:
+        self.place, self.left, self.entry = place, good, entry
+        self.seconds = 0.0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.place, name)
+
+    def call(self, entry: artifact.Entry, arguments: list[object]) -> object:
+        self.left -= entry.name == self.entry
+        if self.left < 0:
+            raise RemoteError("board pi failed: no memory")
+        return self.place.call(entry, arguments)
+
+
+def fitted(folder: Path, home: Path, places: list[tuple[int, str]], test: bool) -> tuple[training.Run, tt.TrainStep, int]:
+    """A run of three epochs of four steps whose board fails as each of ``places`` says, the last of them again and again."""
+    started = []
+
+    def start() -> tt.TrainStep:
+        step = runtime.load(folder)
+        step.place = Failing(step.place, *places[min(len(started), len(places) - 1)])
+        started.append(step)
+        return step
+
+    x, y = zip(*(batch(i) for i in range(4)), strict=True)
+    specs = tuple(spec for spec in toy.manifest().named["train_step"].inputs if spec.role in ("input", "target"))
+    samples = Dataset((np.concatenate(x),), (np.concatenate(y),), specs)
+    how = training.Settings(3, training.Rate(0.1), save=home, save_every=2, recovery=training.Recovery(start, 3, 0.0))
+    step = start()
+    return training.fit(step, samples, samples if test else None, how, Console(sys.stderr)), step, len(started)
+
+
+def test_what_fails_there_again_and_again_ends(toy_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RemoteError, match=r"no memory.*The last step was 5") as caught:
+        fitted(toy_folder, tmp_path / "home", [(5, "train_step"), (1, "train_step")], test=False)
+    assert caught.value.saved == tmp_path / "home"
+
+
+def test_a_board_that_is_lost_in_the_last_evaluation_comes_back(toy_folder: Path, tmp_path: Path) -> None:
+    run, step, started = fitted(toy_folder, tmp_path / "home", [(2 + 4, "predict"), (1000, "predict")], test=True)
+    assert started == 2
+    assert step.steps == run.steps == 12
+    assert [epoch.epoch for epoch in run.epochs] == [1, 2, 3]
+    wanted = runtime.load(toy_folder)
+    wanted.restore(tmp_path / "home")
+    assert_same_state(step, wanted)
+    assert run.evaluation is not None
 
 
 def _ending(server: Server, home: Path, times: int) -> threading.Thread:

@@ -575,3 +575,10 @@ def timed(step: runtime.TrainStep) -> float:
     start = time.perf_counter()
     step((), ())
     return time.perf_counter() - start
+
+
+def test_memory_of_a_container_leaves_out_cached_files(tmp_path, monkeypatch):
+    for name, text in (("max", "1000000"), ("current", "900000"), ("stat", "anon 1\ninactive_file 400000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(runtime, "CGROUP", str(tmp_path))
+    assert runtime.memory() == runtime.Memory(1_000_000, 500_000)

@@ -71,6 +71,18 @@ def test_debians_name_of_a_package_has_no_underscore() -> None:
     assert "apt-get install g++-riscv64-x-linux-gnu" in toolchain.missing(board)
 
 
+def test_variables_name_this_machines_compilers(nothing_installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "ccache /opt/g++-12 -m64 '-DA=\"g++ b\"'")
+    found = toolchain.find(targets.load("host"))
+    assert found.cxx == ("ccache", "/opt/g++-12", "-m64", '-DA="g++ b"')
+    assert found.c == ("ccache", "/opt/gcc-12", "-m64", '-DA="g++ b"')
+    monkeypatch.setenv("CC", "clang -m64")
+    assert toolchain.find(targets.load("host")).c == ("clang", "-m64")
+    monkeypatch.delenv("CXX")
+    with pytest.raises(DeviceError, match="nothing here links"):  # a C compiler links no C++
+        toolchain.find(targets.load("host"))
+
+
 def test_zig_makes_code_for_the_glibc_of_the_board(nothing_installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: name == "ziglang" or None)
     found = toolchain.find(targets.load("jetson-nano-cpu"))

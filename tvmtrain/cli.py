@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tvmtrain.fleet import Fleet
     from tvmtrain.jobs import Job
     from tvmtrain.remote import Board
+    from tvmtrain.runtime import TrainStep
     from tvmtrain.training import Run, Settings
 
 LOSSES = ("cross_entropy", "mse", "bce_with_logits")
@@ -467,10 +468,9 @@ def _run(options: argparse.Namespace, out: Console) -> Outcome:
     try:
         run = training.fit(step, samples.train, samples.test, _settings(options, step.manifest.lr, board), out)
     except RemoteError as error:
-        saved = _home(options)
-        raise RemoteError(
-            f"{error}; go on with: {_resume_command(options, str(saved))}" if saved.exists() else str(error)
-        ) from error
+        if error.saved is None:
+            raise
+        raise RemoteError(f"{error}; go on with: {_resume_command(options, str(error.saved))}") from error
     if options.weights is not None:
         training.export_weights(step, options.weights)
     _say_end(options, run, out)
@@ -492,13 +492,26 @@ def _board(options: argparse.Namespace) -> Board | None:
     return remote.connect_through(options.rpc_tracker, options.key)
 
 
-def _loaded(options: argparse.Namespace, board: Board | None) -> Any:
+def _loaded(options: argparse.Namespace, board: Board | None) -> TrainStep:
     """The artifact, started here or there."""
     from tvmtrain import runtime
 
     if board is not None:
         return board.load(options.artifact, options.threads, options.cores or ())
     return runtime.load(options.artifact, options.threads, options.cores)
+
+
+def _restart(options: argparse.Namespace, board: Board) -> Callable[[], TrainStep]:
+    """What starts the artifact on a board that came back. The session before ends first: a server has one at a time."""
+    held: list[Board | None] = [board]
+
+    def start() -> TrainStep:
+        if held[0] is not None:
+            held[0].close()
+        held[0] = _board(options)
+        return _loaded(options, held[0])
+
+    return start
 
 
 def _emulated(board: Board) -> str:
@@ -539,7 +552,7 @@ def _settings(options: argparse.Namespace, lr: float, board: Board | None) -> Se
 
     there: dict[str, Any] = {"save": options.save, "save_every": options.save_every}
     if board is not None:
-        again = training.Recovery(lambda: _loaded(options, _board(options)), options.retries, PAUSE, options.resume)
+        again = training.Recovery(_restart(options, board), options.retries, PAUSE, options.resume)
         there = {"save": _home(options), "save_every": options.save_every or SAVE_EVERY, "recovery": again}
         there["timed"] = not board.facts.emulated
     return training.Settings(

@@ -121,8 +121,9 @@ def _check_device(manifest: Manifest, device: Device, folder: str | os.PathLike[
 
 def _native_files(device: Device, manifest: Manifest, given: Sequence[Path]) -> tuple[dict[str, bytes], tuple[str, ...]]:
     """Libraries, programs, header and licenses by their names in the bundle, and what there is to say about them."""
-    tvm = wheels.find(Package("apache-tvm", _version(manifest)), device.arch, given)
-    ffi = wheels.find(Package("apache-tvm-ffi", metadata.version("apache-tvm-ffi")), device.arch, given)
+    packages = Package("apache-tvm", _version(manifest)), Package("apache-tvm-ffi", metadata.version("apache-tvm-ffi"))
+    wheels.check(packages, device.arch, given)
+    tvm, ffi = (wheels.find(package, device.arch, given) for package in packages)
     libraries = _named("lib", wheels.files(tvm, RUNTIME) | wheels.files(ffi, FFI))
     files = libraries | _licenses(tvm, "tvm") | _licenses(ffi, "tvm-ffi")
     notes: tuple[str, ...] = ()

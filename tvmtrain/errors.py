@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class TvmtrainError(Exception):
     """The root of all errors raised on purpose by tvmtrain."""
@@ -52,4 +54,9 @@ class BusyMachineError(TvmtrainError, RuntimeError):
 
 
 class RemoteError(TvmtrainError, ConnectionError):
-    """A board at the other end of a connection that cannot be reached, refuses, fails or goes away."""
+    """A board at the other end of a connection that cannot be reached, refuses, fails or goes away.
+
+    ``saved``: the checkpoint that a run which it ended has written.
+    """
+
+    saved: Path | None = None

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ GREETING, ANSWER = 20.0, 300.0
 # What TVM says when a function failed on the board, and the connection is as sound as before.
 FAILED_THERE = "Error caught from RPC call"
 T = TypeVar("T")
+# A socket of this process: its file descriptor, and the name by which the system knows it from the next one with that number.
+Wire = tuple[int, str]
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,11 @@ class Facts:
 class Board:
     """A session with a board: it ends with this object, and the board forgets all of it."""
 
-    def __init__(self, session: Any, where: str) -> None:
-        self.session, self.where = session, where
+    def __init__(self, session: Any, where: str, sockets: Set[Wire] = frozenset()) -> None:
+        self.session, self.where, self._sockets = session, where, sockets
         self._functions: dict[str, Callable[..., Any]] = {}
         self._numbers = itertools.count()
+        self._uploads = itertools.count()
         self._dropped: list[int] = []
         self.threads = 0  # of the step that was loaded last
         self.facts = Facts.parse(str(self.ask("board")), where)
@@ -123,9 +127,17 @@ class Board:
         stored = artifact.read(path, foreign=True)
         check(stored.manifest, self)
         self.threads = int(self.ask("threads", threads or 0, ",".join(map(str, cores))))
-        self.remotely(lambda: self.session.upload(str(stored.library), artifact.LIBRARY))
-        machine = int(self.ask("start", artifact.LIBRARY, artifact.on_gpu(stored.manifest)))
+        # A name of its own: a file that is loaded there must not be written to, and the loader takes an equal path for an equal library.
+        name = f"{next(self._uploads)}-{artifact.LIBRARY}"
+        self.remotely(lambda: self.session.upload(str(stored.library), name))
+        machine = int(self.ask("start", name, artifact.on_gpu(stored.manifest)))
         return TrainStep(There(self, machine), stored.manifest, stored.state)
+
+    def close(self) -> None:
+        """End the session now, also one that is lost: a server has one at a time, and would wait for the end of this one."""
+        for file, _ in self._sockets & _sockets():
+            with suppress(OSError), socket.socket(fileno=os.dup(file)) as own:
+                own.shutdown(socket.SHUT_RDWR)
 
     def ask(self, name: str, *arguments: Any) -> Any:
         """Call one of ``tvmtrain.session``'s functions. Raises ``RemoteError``."""
@@ -228,8 +240,9 @@ def connect(address: str | Address, key: str = "", *, answer: float = ANSWER) ->
     where = str(address)
     before = _sockets()
     session = _within(GREETING, lambda: rpc.connect(address.host, address.port, key), where, key)
-    _patience(_sockets() - before, answer)
-    return Board(session, where)
+    own = _sockets() - before
+    _patience(own, answer)
+    return Board(session, where, own)
 
 
 def connect_through(
@@ -246,19 +259,21 @@ def connect_through(
     session = _within(
         wait, lambda: rpc.connect_tracker(tracker.host, tracker.port).request(key, session_timeout=limit), where, key
     )
-    _patience(_sockets() - before, answer)
-    return Board(session, _peer(_sockets() - before) or where)
+    own = _sockets() - before
+    _patience(own, answer)
+    return Board(session, _peer(own) or where, own)
 
 
 def boards(tracker: Address, key: str) -> list[str]:
     """Addresses of the servers that the tracker knows under ``key``, busy or not. Raises ``RemoteError``."""
-    with suppress(OSError):
+    try:
         socket.create_connection((tracker.host, tracker.port), timeout=GREETING).close()
-        known = _within(GREETING, lambda: rpc.connect_tracker(tracker.host, tracker.port).summary(), f"tracker {tracker}", key)
-        return [":".join(map(str, server["addr"])) for server in known["server_info"] if server["key"] == f"server:{key}"]
-    raise RemoteError(
-        f"no tracker answers at {tracker}; start one: python -m tvm.exec.rpc_tracker --host HOST --port {tracker.port}"
-    )
+    except OSError as error:
+        raise RemoteError(
+            f"no tracker answers at {tracker}; start one: python -m tvm.exec.rpc_tracker --host HOST --port {tracker.port}"
+        ) from error
+    known = _within(GREETING, lambda: rpc.connect_tracker(tracker.host, tracker.port).summary(), f"tracker {tracker}", key)
+    return [":".join(map(str, server["addr"])) for server in known["server_info"] if server["key"] == f"server:{key}"]
 
 
 def check_tracker(tracker: Address, key: str) -> list[str]:
@@ -316,30 +331,31 @@ def _reason(error: Exception) -> str:
 # TVM's socket has no time limits, and does not show itself: it is the one that was not there before.
 
 
-def _sockets() -> set[int]:
-    """File descriptors of this process that are sockets."""
+def _sockets() -> set[Wire]:
+    """File descriptors of this process that are sockets, each with the system's name of its socket."""
     found = set()
     for path in Path("/proc/self/fd").iterdir():
         with suppress(OSError):
-            if os.readlink(path).startswith("socket:"):
-                found.add(int(path.name))
+            if (name := os.readlink(path)).startswith("socket:"):
+                found.add((int(path.name), name))
     return found
 
 
-def _patience(files: set[int], seconds: float) -> None:
-    """Let a read from these sockets fail after so long, and earlier if the other end has vanished."""
-    limit = int(seconds).to_bytes(8, "little") + bytes(8)
-    for file in files:
+def _patience(sockets: Set[Wire], seconds: float) -> None:
+    """Let a read or write of these sockets fail after so long (whole seconds), and earlier if the other end has vanished."""
+    limit = max(1, math.ceil(seconds)).to_bytes(8, "little") + bytes(8)
+    for file, _ in sockets:
         with suppress(OSError), socket.socket(fileno=os.dup(file)) as own:
             own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             own.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4)):
                 own.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def _peer(files: set[int]) -> str:
+def _peer(sockets: Set[Wire]) -> str:
     """The address at the other end of one of these sockets."""
-    for file in files:
+    for file, _ in sockets:
         with suppress(OSError), socket.socket(fileno=os.dup(file)) as own:
             return "{}:{}".format(*own.getpeername()[:2])
     return ""

@@ -68,6 +68,9 @@ with _without_torch():
 # TVM's pool narrows the affinity of the thread that starts it, so what this process may use is asked before that.
 _CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
+# What the system tells of the group of processes that this one is in.
+CGROUP = "/sys/fs/cgroup"
+
 # Which file each path was when a library was first loaded from it.
 _loaded: dict[Path, tuple[int, int]] = {}
 
@@ -320,6 +323,10 @@ class TrainStep:
         """
         return self.place.marked()
 
+    def take_over(self, other: TrainStep) -> None:
+        """Go on as ``other``, a step of the same artifact, where it is: on a board that came back, for example."""
+        self.place, self._moment, self._outputs = other.place, other._moment, other._outputs
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all state to one file, so that ``restore`` and the steps after it give the same bits as going on from here.
 
@@ -564,9 +571,11 @@ def memory() -> Memory:
     """This machine's, or that of the group of processes (a container) that this one is limited to."""
     told = {name: int(value.split()[0]) * 1024 for name, _, value in map(_pair, _lines("/proc/meminfo")) if value.split()}
     total, available = told.get("MemTotal", 0), told.get("MemAvailable", 0)
-    limit, used = (_number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    limit, used = (_number(f"{CGROUP}/memory.{name}") for name in ("max", "current"))
+    # Pages of files that nobody has used for a while are given up where memory is wanted.
+    cache = next((int(line.split()[1]) for line in _lines(f"{CGROUP}/memory.stat") if line.startswith("inactive_file ")), 0)
     if limit and (limit < total or not total):
-        return Memory(limit, min(available or limit, max(1, limit - used)))
+        return Memory(limit, min(available or limit, max(1, limit - max(0, used - cache))))
     return Memory(total, available)
 
 
@@ -764,9 +773,11 @@ def _rate(lr: float, spec: TensorSpec) -> np.ndarray:
         rate = float(lr)
     except (TypeError, ValueError) as error:
         raise InputError(f"lr is {type(lr).__name__}; want a number") from error
-    if not math.isfinite(rate) or rate < 0:
-        raise InputError(f"lr is {rate}; want a finite number of 0 or more")
-    return np.asarray(rate, spec.dtype)
+    with np.errstate(over="ignore"):
+        rounded = np.asarray(rate, spec.dtype)
+    if not np.isfinite(rounded) or rate < 0:
+        raise InputError(f"lr is {rate}; want a number of 0 or more that is finite in {spec.dtype}")
+    return rounded
 
 
 def _wrong_batch(spec: TensorSpec, got: tuple[int, ...], batch: int) -> str:

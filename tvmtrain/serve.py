@@ -8,8 +8,10 @@ import os
 import select
 import signal
 import socket
+import struct
 import sys
 import time
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from tvmtrain import session
@@ -18,15 +20,17 @@ from tvmtrain.errors import RemoteError
 from tvmtrain.remote import Address
 
 # Not before tvmtrain.runtime, which sees to it that TVM does not bring PyTorch along.
+from tvm.rpc import base as tvm_base  # isort: skip
 from tvm.rpc import server as tvm_server  # isort: skip
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-GREETING = 5.0  # seconds within which a client has to say something
+GREETING = 5.0  # seconds within which a client has to say what it wants
+LONGEST_KEY = 1024  # bytes of what it says
 WARNING = "this server runs code for whoever reaches it and knows its key; bind it to a network that you trust"
 
 
 class Listener:
-    """A listening socket whose clients have begun to speak: one that says nothing would keep all others out."""
+    """A listening socket whose clients have said what TVM's loop waits for: one that says less would keep all others out."""
 
     def __init__(self, host: str, port: int) -> None:
         self._socket = socket.create_server((host, port), family=_family(host), backlog=4)
@@ -40,9 +44,10 @@ class Listener:
         """As a socket's."""
         while True:
             client, address = self._socket.accept()
-            if select.select([client], [], [], GREETING)[0]:
-                _keep_alive(client)
-                return client, address
+            with suppress(OSError):
+                if _has_greeted(client, time.monotonic() + GREETING):
+                    _keep_alive(client)
+                    return client, address
             client.close()
 
 
@@ -64,11 +69,27 @@ def serve(host: str, port: int, key: str, tracker: Address | None, settings: ses
     while True:
         try:
             tvm_server._listen_loop(listener, listener.port, key, at, None, None)
-        except (RuntimeError, ValueError, AssertionError) as error:
-            # A session's process crashed, or a client spoke nonsense: TVM's loop ends there.
-            tvm_server.logger.warning("%s; listening again", error)
+        except Exception as error:
+            # A session's process crashed, a client spoke nonsense, or the disk is full: TVM's loop ends there.
+            tvm_server.logger.warning("%s: %s; listening again", type(error).__name__, error)
             os.chdir(home)
             time.sleep(0.5)
+
+
+def _has_greeted(client: socket.socket, until: float) -> bool:
+    """Whether by then (of ``time.monotonic``) all of TVM's first words are there to be read: a number, a length and a key."""
+    magic, size = struct.unpack("<ii", _peek(client, 8, until).ljust(8, b"\0"))
+    if magic != tvm_base.RPC_MAGIC or not 1 <= size <= LONGEST_KEY:
+        return False
+    return len(_peek(client, 8 + size, until)) == 8 + size
+
+
+def _peek(client: socket.socket, size: int, until: float) -> bytes:
+    """The first ``size`` bytes, which stay where they are; fewer where no more have come."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
+    ready, _, _ = select.select([client], [], [], max(0.0, until - time.monotonic()))
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+    return client.recv(size, socket.MSG_PEEK) if ready else b""
 
 
 def _end_with_parent() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -89,9 +90,9 @@ def installed(device: Device) -> Iterator[Toolchain]:
     """What there is here for ``device``, the best first."""
     triple = device.triple
     if device.arch == targets.architecture() and (found := _own()):
-        yield _gnu(found, triple)
+        yield _gnu(found, triple, _words("CC"))
     elif program := shutil.which(f"{triple}-g++"):
-        yield _gnu(program, triple)
+        yield _gnu((program,), triple)
     if importlib.util.find_spec(ZIG_PACKAGE) is not None:
         yield _zig(triple, device.glibc or OLD_GLIBC)
 
@@ -101,23 +102,33 @@ def version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text))
 
 
-def _own() -> str | None:
-    """This machine's C++ compiler: the one that TVM takes (``tvm.support.cc``)."""
-    asked = os.environ.get("CXX") or os.environ.get("CC")
-    return asked or next((path for name in _NATIVE if (path := shutil.which(name))), None)
+def _own() -> tuple[str, ...]:
+    """The command of this machine's C++ compiler: what CXX says, else the first that there is."""
+    return _words("CXX") or next(((path,) for name in _NATIVE if (path := shutil.which(name))), ())
 
 
-def _gnu(cxx: str, triple: str) -> Toolchain:
-    folder, name = os.path.split(cxx)
-    c = os.path.join(folder, name.replace("clang++", "clang").replace("g++", "gcc").replace("c++", "cc"))
-    return Toolchain(name, triple, (c,), (cxx,), _glibc_of(cxx))
+def _words(variable: str) -> tuple[str, ...]:
+    """The command in an environment variable, which may have options, and a program before it: ``ccache g++ -m64``."""
+    return tuple(shlex.split(os.environ.get(variable, "")))
+
+
+def _gnu(cxx: tuple[str, ...], triple: str, c: tuple[str, ...] = ()) -> Toolchain:
+    return Toolchain(shlex.join((os.path.basename(cxx[0]), *cxx[1:])), triple, c or tuple(map(_in_c, cxx)), cxx, _glibc_of(cxx))
+
+
+def _in_c(word: str) -> str:
+    """The C compiler beside the C++ compiler ``word``; options stay as they are."""
+    if word.startswith("-"):
+        return word
+    folder, name = os.path.split(word)
+    return os.path.join(folder, name.replace("clang++", "clang").replace("g++", "gcc").replace("c++", "cc"))
 
 
 @cache
-def _glibc_of(compiler: str) -> str:
+def _glibc_of(compiler: tuple[str, ...]) -> str:
     """The version that the compiler's C library tells of itself; where it does not, one that no device has."""
     try:
-        asked = subprocess.run([compiler, f"-print-file-name={C_LIBRARY}"], capture_output=True, text=True, check=False)
+        asked = subprocess.run([*compiler, f"-print-file-name={C_LIBRARY}"], capture_output=True, text=True, check=False)
         text = Path(asked.stdout.strip()).read_bytes()
     except OSError:
         return "9999"

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +142,14 @@ def fit(step: TrainStep, train: Dataset, test: Dataset | None, settings: Setting
     """Train ``step`` on ``train`` from where it is (``step.steps`` says how far) to the end of ``settings.epochs``.
 
     Ctrl-C ends the run after the step at hand, saves it and returns what was done so far, with ``interrupted`` set. Raises
-    ``RemoteError`` for a board that is lost and does not come back (``settings.recovery``).
+    ``RemoteError`` for a board that is lost and does not come back (``settings.recovery``); where one does, ``step`` goes on there.
     """
-    return _Fit(step, train, test, settings, out).run()
+    fit = _Fit(step, train, test, settings, out)
+    try:
+        return fit.run()
+    except RemoteError as error:
+        error.saved = fit.saved
+        raise
 
 
 def evaluate(step: TrainStep, data: Dataset, out: console.Console) -> Score | None:
@@ -164,6 +169,8 @@ class _Fit:
         self.milliseconds: list[float] = []
         self.evaluation: Score | None = None
         self.saved: Path | None = None
+        # The latest step at which the board was lost, and how often that was since then at no later one.
+        self.furthest, self.fruitless = -1, 0
         if self.per_epoch == 0:
             raise InputError(
                 f"{len(train)} samples to train on, and the step was compiled for {self.batch} at a time; give more"
@@ -177,21 +184,30 @@ class _Fit:
         if self.step.steps >= self.per_epoch * self.settings.epochs:
             self.out.line(f"all {self.settings.epochs} epochs are done: {self.step.steps} steps of {self.per_epoch} per epoch")
         with _interrupts() as stop:
-            while self.step.steps < self.per_epoch * self.settings.epochs and not stop.is_set():
+            while True:
                 try:
-                    self._epoch(stop)
+                    self._rest(stop)
+                    break
                 except RemoteError as error:
-                    self.step = self._recovered(error, stop)
-            if self.test is not None and self.evaluation is None and not stop.is_set():
-                self.evaluation = _score(self.step, self.test, self.out, stop)
+                    self._recover(error, stop)
             if stop.is_set():
                 self._save(self.settings.save or self.settings.rescue)
         return self._result(stop.is_set())
 
-    def _recovered(self, error: RemoteError, stop: threading.Event) -> TrainStep:
-        """The step on a board that came back, with the last checkpoint. Raises ``RemoteError`` where none did."""
+    def _rest(self, stop: threading.Event) -> None:
+        """All that is still to be done."""
+        while self.step.steps < self.per_epoch * self.settings.epochs and not stop.is_set():
+            self._epoch(stop)
+        if self.test is not None and self.evaluation is None and not stop.is_set():
+            self.evaluation = _score(self.step, self.test, self.out, stop)
+
+    def _recover(self, error: RemoteError, stop: threading.Event) -> None:
+        """Go on on a board that came back, with the last checkpoint. Raises ``RemoteError`` where none did, or it is of no use."""
         how, saved, last = self.settings.recovery, self.saved, self.step.steps
-        for _ in range(how.times if how is not None else 0):
+        # What fails there at the same step again and again is not the connection.
+        self.fruitless = 0 if last > self.furthest else self.fruitless + 1
+        self.furthest = max(self.furthest, last)
+        for _ in range(how.times if how is not None and self.fruitless <= how.times else 0):
             assert how is not None
             self.out.line(f"{error}; trying again in {how.pause:.0f} s", style="yellow")
             if stop.wait(how.pause):
@@ -200,8 +216,9 @@ class _Fit:
                 step = how.start()
                 if (checkpoint := saved or how.resume) is not None:
                     step.restore(checkpoint)
+                self.step.take_over(step)
                 self.out.line(f"the board is back: going on after step {step.steps}, {last - step.steps} steps are taken again")
-                return step
+                return
             except RemoteError as again:
                 error = again
         kept = f"checkpoint {saved} is here" if saved is not None else "no checkpoint was written"
@@ -222,8 +239,10 @@ class _Fit:
         self.evaluation = None
         if not stop.is_set():
             self._save(self.settings.save)
-            self.evaluation = _score(self.step, self.test, self.out, stop) if self.test is not None else None
-        self.epochs.append(tally.epoch(number + 1, self.evaluation))
+        self.epochs.append(tally.epoch(number + 1, None))
+        if self.test is not None and not stop.is_set():
+            self.evaluation = _score(self.step, self.test, self.out, stop)
+            self.epochs[-1] = replace(self.epochs[-1], evaluation=self.evaluation)
         part = "" if tally.count == self.per_epoch else f" ({tally.count} of {self.per_epoch} steps)"
         self.out.line(_epoch_line(label + part, self.epochs[-1]))
 

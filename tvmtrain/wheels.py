@@ -35,7 +35,9 @@ class Package:
     def is_wheel(self, path: Path, arch: str) -> bool:
         """Whether the wheel ``path`` is, by its name, one of this package for the processor ``arch``."""
         parts = path.name.removesuffix(".whl").split("-")
-        return parts[:2] == [self.name.replace("-", "_"), self.version] and path.suffix == ".whl" and arch in parts[-1]
+        # For glibc, which devices have: musllinux is for another C library.
+        fits = any(tag.startswith("manylinux") and tag.endswith(f"_{arch}") for tag in parts[-1].split("."))
+        return parts[:2] == [self.name.replace("-", "_"), self.version] and path.suffix == ".whl" and fits
 
 
 def find(package: Package, arch: str, given: Iterable[Path], cache: Path | None = None) -> Path:
@@ -55,6 +57,17 @@ def find(package: Package, arch: str, given: Iterable[Path], cache: Path | None 
     raise DeviceError(
         f"pip downloaded no wheel of {package.name} {package.version} for {arch} into {cache}; give one with --wheel"
     )
+
+
+def check(packages: Iterable[Package], arch: str, given: Iterable[Path]) -> None:
+    """Raise ``DeviceError`` naming a wheel among ``given`` that is none of ``packages`` for ``arch``: it would be left aside in silence."""
+    wanted = list(packages)
+    for path in given:
+        if not any(package.is_wheel(path, arch) for package in wanted):
+            names = " or ".join(f"{package.name} {package.version}" for package in wanted)
+            raise DeviceError(
+                f"{path}: want a wheel of {names} for manylinux on {arch}; leave it out and pip downloads the right one"
+            )
 
 
 def default_cache() -> Path:

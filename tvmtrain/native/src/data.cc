@@ -11,10 +11,10 @@
 namespace tt {
 namespace {
 
-// The numbers of one metadata field: one, or one per channel.
+// The numbers of one metadata field: one for all channels, or one per channel.
 std::vector<float> numbers(const TensorFile& file, const char* name, size_t channels, float missing, const std::string& where) {
   const auto found = file.facts.find(name);
-  if (found == file.facts.end()) return std::vector<float>(channels, missing);
+  if (found == file.facts.end()) return {missing};
   std::vector<float> values;
   try {
     for (const Json& item : parse_json(found->second).items) {
@@ -25,19 +25,19 @@ std::vector<float> numbers(const TensorFile& file, const char* name, size_t chan
   } catch (const std::invalid_argument&) {
     values.clear();
   }
-  if (values.size() == 1) values.resize(channels, values[0]);
-  const bool good = values.size() == channels && std::all_of(values.begin(), values.end(), [](float v) { return std::isfinite(v); });
+  const bool good = (values.size() == 1 || values.size() == channels) && std::all_of(values.begin(), values.end(), [](float v) { return std::isfinite(v); });
   if (!good) throw input_error(where + ": metadata '" + name + "' is " + found->second + "; want a list of 1 or " + std::to_string(channels) + " numbers");
   return values;
 }
 
-// What each byte stands for, by channel, rounded as NumPy rounds it.
+// What each byte stands for, by channel, rounded as NumPy rounds it; one row where every channel has the same numbers.
 std::vector<float> table(const TensorFile& file, size_t channels, const std::string& where) {
   const std::vector<float> mean = numbers(file, "mean", channels, 0, where), deviation = numbers(file, "std", channels, 1, where);
   std::vector<float> values;
-  for (size_t c = 0; c < channels; ++c) {
-    if (!(deviation[c] > 0)) throw input_error(where + ": metadata 'std' has " + std::to_string(deviation[c]) + "; want positive numbers");
-    for (int byte = 0; byte < 256; ++byte) values.push_back((static_cast<float>(byte) / 255.0f - mean[c]) / deviation[c]);
+  for (size_t c = 0; c < std::max(mean.size(), deviation.size()); ++c) {
+    const float shift = mean[mean.size() > 1 ? c : 0], scale = deviation[deviation.size() > 1 ? c : 0];
+    if (!(scale > 0)) throw input_error(where + ": metadata 'std' has " + std::to_string(scale) + "; want positive numbers");
+    for (int byte = 0; byte < 256; ++byte) values.push_back((static_cast<float>(byte) / 255.0f - shift) / scale);
   }
   return values;
 }
@@ -63,7 +63,7 @@ Dataset::Dataset(std::string_view data, const Manifest& manifest, const std::str
       if (spec.role == role) columns_.push_back(column(spec, file, manifest.batch, where));
     }
   }
-  if (count_ == 0) throw input_error(where + ": no samples in it");
+  if (count_.value_or(0) == 0) throw input_error(where + ": no samples in it");
 }
 
 Dataset::Column Dataset::column(const TensorSpec& spec, const TensorFile& file, int64_t batch, const std::string& where) {
@@ -80,11 +80,12 @@ Dataset::Column Dataset::column(const TensorSpec& spec, const TensorFile& file, 
   const bool fits = rows ? tensor.shape.size() == spec.shape.size() && std::equal(spec.shape.begin() + 1, spec.shape.end(), tensor.shape.begin() + 1) && tensor.shape[0] % each == 0
                          : tensor.shape == spec.shape;
   if (!fits) throw input_error(where + ": '" + spec.name + "' has shape " + shown(tensor.shape) + "; want that of the step, " + shown(spec.shape) + ", with " + (rows ? "any number of samples" : "these very sizes"));
-  Column column{spec, tensor.bytes, rows ? inner(spec.shape, 1) * static_cast<size_t>(each) * tensor.dtype->bytes : 0, {}};
+  const size_t sample = rows ? inner(spec.shape, 1) * static_cast<size_t>(each) * tensor.dtype->bytes : 0;
+  Column column{spec, tensor.bytes, sample, rows ? spec.bytes() / static_cast<uint64_t>(batch) : spec.bytes(), {}};
   if (scaled && !tensor.bytes.empty()) column.ready = table(file, spec.shape.size() > 1 ? static_cast<size_t>(spec.shape[1]) : 1, where);
   if (rows) {
     const auto samples = static_cast<uint64_t>(tensor.shape[0] / each);
-    if (count_ && samples != count_) throw input_error(where + ": '" + spec.name + "' has " + std::to_string(samples) + " samples and others have " + std::to_string(count_));
+    if (count_ && samples != *count_) throw input_error(where + ": '" + spec.name + "' has " + std::to_string(samples) + " samples and others have " + std::to_string(*count_));
     count_ = samples;
   }
   return column;
@@ -108,7 +109,12 @@ void Dataset::append(const Column& column, uint64_t row, std::string& values) co
 std::string Dataset::batch(size_t i, const uint64_t* rows, size_t count) const {
   const Column& column = columns_.at(i);
   std::string values;
-  for (size_t j = 0; j < (column.sample ? count : 1); ++j) append(column, rows[j], values);
+  const size_t parts = column.sample ? count : 1;
+  for (size_t j = 0; j < parts; ++j) append(column, rows[j], values);
+  // The step is going to read so many.
+  if (values.size() != parts * column.taken) {
+    throw input_error("'" + column.spec.name + "' has " + std::to_string(values.size()) + " bytes in a batch; want " + std::to_string(parts * column.taken));
+  }
   return values;
 }
 

@@ -8,6 +8,7 @@
 #define TVMTRAIN_DATA_H_
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -22,7 +23,7 @@ class Dataset {
   // The samples in ``data``, which has to outlive this. Throws an input error that begins with ``where``.
   Dataset(std::string_view data, const Manifest& manifest, const std::string& where);
 
-  uint64_t size() const { return count_; }
+  uint64_t size() const { return *count_; }
 
   // Array number ``i`` (inputs, then targets, as the step takes them) of the samples ``rows``.
   std::string batch(size_t i, const uint64_t* rows, size_t count) const;
@@ -32,14 +33,15 @@ class Dataset {
     TensorSpec spec;
     std::string_view bytes;
     size_t sample = 0;         // bytes of one, as stored; 0: all samples share the tensor
-    std::vector<float> ready;  // of bytes: the value of each, by channel
+    uint64_t taken = 0;        // bytes of one, as the step takes it; of the whole tensor where all samples share it
+    std::vector<float> ready;  // of bytes: the value of each, by channel; one row where all channels have the same
   };
 
   Column column(const TensorSpec& spec, const TensorFile& file, int64_t batch, const std::string& where);
   void append(const Column& column, uint64_t row, std::string& values) const;
 
   std::vector<Column> columns_;
-  uint64_t count_ = 0;
+  std::optional<uint64_t> count_;  // known with the first column that has rows
 };
 
 }  // namespace tt

@@ -92,9 +92,10 @@ Handle open_file(const std::string& path, uint64_t* size) {
   return file;
 }
 
-Bytes read_file(const std::string& path) {
+Bytes read_file(const std::string& path, uint64_t most) {
   uint64_t size;
   const Handle file = open_file(path, &size);
+  if (size > most) fail(EFBIG);
   Bytes data(size);
   size_t at = 0;
   while (at < data.size()) {

@@ -30,8 +30,8 @@ class Handle {
 // The regular file ``path``, for reading. Throws std::system_error.
 Handle open_file(const std::string& path, uint64_t* size);
 
-// All of it. Throws std::system_error.
-Bytes read_file(const std::string& path);
+// All of it. Throws std::system_error, also for more than ``most`` bytes.
+Bytes read_file(const std::string& path, uint64_t most = UINT64_MAX);
 
 // Size and sha256 without holding it all. Throws std::system_error.
 struct Checksum {

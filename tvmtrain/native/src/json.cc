@@ -53,6 +53,7 @@ class Parser {
 
   Json parse(int depth) {
     if (depth > kMostJsonDepth) fail("more than " + std::to_string(kMostJsonDepth) + " levels");
+    if (++values_ > kMostJsonValues) fail("more than " + std::to_string(kMostJsonValues) + " values");
     skip_space();
     Json value;
     if (peek() == '{') {
@@ -202,7 +203,7 @@ class Parser {
   }
 
   std::string_view text_;
-  size_t at_ = 0;
+  size_t at_ = 0, values_ = 0;
 };
 
 void write(const Json& value, std::string& out);

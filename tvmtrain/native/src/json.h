@@ -27,6 +27,7 @@ struct Json {
 
 constexpr size_t kMostJsonBytes = size_t{100} << 20;
 constexpr int kMostJsonDepth = 64;
+constexpr size_t kMostJsonValues = size_t{4} << 20;  // each takes some hundred bytes, and its text as few as two
 
 // Throws std::invalid_argument with the place and the reason.
 Json parse_json(std::string_view text);

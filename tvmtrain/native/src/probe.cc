@@ -57,7 +57,7 @@ void read_json(std::string_view text) {
 
 void read_manifest(std::string_view text) {
   tt::Manifest manifest = tt::manifest_of(tt::parse_json(text));
-  sink = static_cast<uint64_t>(tt::needed_memory(manifest, 4));
+  sink = static_cast<uint64_t>(tt::needed_memory(manifest, 4, {true, true, true}));
   tt::SelectionState state;
   for (const tt::Selection& chosen : manifest.selections) state.seeds[tt::selection_key(chosen)] = chosen.seed;
   for (const tt::Selection& chosen : manifest.selections) {
@@ -71,9 +71,17 @@ void read_data(std::string_view text) {
   const tt::Dataset data(text, *known, "data");
   for (uint64_t row : {uint64_t{0}, data.size() / 2, data.size() - 1}) {
     const std::vector<uint64_t> rows(static_cast<size_t>(known->batch < 64 ? known->batch : 64), row);
-    size_t columns = 0;
-    for (const tt::TensorSpec& spec : known->entry("train_step").inputs) columns += spec.role == tt::Role::kInput || spec.role == tt::Role::kTarget;
-    for (size_t i = 0; i < columns; ++i) touch(data.batch(i, rows.data(), rows.size()));
+    std::vector<tt::TensorSpec> columns;
+    for (tt::Role role : {tt::Role::kInput, tt::Role::kTarget}) {
+      for (const tt::TensorSpec& spec : known->entry("train_step").inputs) {
+        if (spec.role == role) columns.push_back(spec);
+      }
+    }
+    for (size_t i = 0; i < columns.size(); ++i) {
+      const std::string values = data.batch(i, rows.data(), rows.size());
+      if (known->batch <= 64 && values.size() != columns[i].bytes()) std::abort();  // what the step reads
+      touch(values);
+    }
   }
 }
 

@@ -166,7 +166,8 @@ double median(std::vector<double> values) {
 
 class Run {
  public:
-  Run(const Options& options, tt::Step& step, const tt::Dataset& data) : options_(options), step_(step), data_(data) {
+  // restored: from the checkpoint.
+  Run(const Options& options, tt::Step& step, const tt::Dataset& data, bool restored) : options_(options), step_(step), data_(data), kept_(restored) {
     batch_ = static_cast<uint64_t>(step.manifest().batch);
     per_epoch_ = data.size() / batch_;
     const bool trains = options.predict.empty() || options.steps >= 0 || options.epochs >= 0;
@@ -175,6 +176,9 @@ class Run {
       throw tt::input_error(std::to_string(data.size()) + " samples to train on, and the step was compiled for " + std::to_string(batch_) + " at a time; give more");
     }
     total_ = options.steps >= 0 ? static_cast<uint64_t>(options.steps) : epochs * per_epoch_;
+    if (options.resume && !restored && total_ == 0) {
+      throw tt::checkpoint_error("checkpoint " + options.checkpoint + " is missing, and there is nothing to train: want the file that a training has written");
+    }
     log_ = options.log ? static_cast<uint64_t>(options.log) : std::max<uint64_t>(1, per_epoch_ / 10);
   }
 
@@ -292,7 +296,7 @@ class Run {
   void save() {
     if (options_.checkpoint.empty() || saved_) return;
     step_.save(options_.checkpoint);
-    saved_ = true;
+    saved_ = kept_ = true;
   }
 
   void done() const {
@@ -301,7 +305,7 @@ class Run {
     line.number("loss", losses_.empty() ? last_loss_ : losses_.back(), "last loss %.6f");
     line.number("ms_per_step", median(all_), "%.1f ms/step");
     line.whole("threads", static_cast<uint64_t>(step_.threads()));
-    if (!options_.checkpoint.empty()) line.add("checkpoint", "saved " + options_.checkpoint, tt::quoted(options_.checkpoint));
+    if (kept_) line.add("checkpoint", "saved " + options_.checkpoint, tt::quoted(options_.checkpoint));
     line.print();
   }
 
@@ -313,7 +317,8 @@ class Run {
   std::vector<double> milliseconds_, all_, losses_;
   double lr_ = 0, last_loss_ = NAN;
   int64_t right_ = 0, labels_ = 0;
-  bool saved_ = false;
+  bool saved_ = true;  // false after a step: a run without one leaves the checkpoint as it is
+  bool kept_;          // whether the checkpoint has this state
 };
 
 // All samples, a batch at a time; the last one is filled up by the step.
@@ -328,9 +333,7 @@ void Run::predict() const {
     std::vector<tt::Shape> shapes;
     std::vector<tvmtrain_array> given, made;
     const auto shape_of = [&](const tt::TensorSpec& spec) {
-      tt::Shape shape = spec.shape;
-      if (!shape.empty()) shape[0] = shape[0] / step_.manifest().batch * static_cast<int64_t>(size);
-      return shape;
+      return tt::shape_for(spec, static_cast<int64_t>(size), step_.manifest().batch);
     };
     for (const auto* side : {&inputs, &outputs}) {
       for (const tt::TensorSpec* spec : *side) shapes.push_back(shape_of(*spec));
@@ -346,14 +349,15 @@ void Run::predict() const {
       (i < inputs.size() ? given : made).push_back({values[i].data(), spec.dtype->code, static_cast<int>(shapes[i].size()), shapes[i].data()});
     }
     step_.predict(given.data(), made.data());
-    for (size_t i = 0; i < outputs.size(); ++i) all[i] += values[inputs.size() + i];
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      if (data_.size() > batch_ && !tt::rows_of(*outputs[i], step_.manifest().batch)) throw tt::whole_batch(*outputs[i], step_.manifest().batch);
+      all[i] += values[inputs.size() + i];
+    }
   }
   if (stopped) return;
   std::map<std::string, tt::TensorView> tensors;
   for (size_t i = 0; i < outputs.size(); ++i) {
-    tt::Shape shape = outputs[i]->shape;
-    if (!shape.empty()) shape[0] = shape[0] / step_.manifest().batch * static_cast<int64_t>(data_.size());
-    tensors[outputs[i]->name] = {outputs[i]->dtype, shape, all[i]};
+    tensors[outputs[i]->name] = {outputs[i]->dtype, tt::shape_for(*outputs[i], static_cast<int64_t>(data_.size()), step_.manifest().batch), all[i]};
   }
   std::vector<const tt::TensorView*> order;
   const std::string header = tt::tensor_header(tensors, {}, &order);
@@ -362,8 +366,8 @@ void Run::predict() const {
   tt::replace_file(options_.predict, parts);
 }
 
-void check_memory(const tt::Manifest& manifest, int threads) {
-  const int64_t needed = tt::needed_memory(manifest, threads), available = tt::available_memory();
+void check_memory(const tt::Manifest& manifest, int threads, const tt::Use& use) {
+  const int64_t needed = tt::needed_memory(manifest, threads, use), available = tt::available_memory();
   const auto mebibytes = [](int64_t bytes) { return shortened("%.1f MiB", static_cast<double>(bytes) / (1 << 20)); };
   if (available && needed > available) {
     throw tt::device_error("training needs " + mebibytes(needed) + " of memory and this machine has " + mebibytes(available) +
@@ -374,14 +378,18 @@ void check_memory(const tt::Manifest& manifest, int threads) {
 int run(const Options& options) {
   if (!options.affinity.empty()) tt::use_processors(options.affinity);
   const int threads = options.threads ? static_cast<int>(options.threads) : tt::default_threads();
-  if (!options.anyway) check_memory(tt::read_manifest(options.artifact), threads);
+  if (!options.anyway) {
+    const tt::Use use{!options.checkpoint.empty(), options.resume && exists(options.checkpoint), !options.predict.empty()};
+    check_memory(tt::read_manifest(options.artifact), threads, use);
+  }
   const std::unique_ptr<tt::Step> loaded = tt::Step::load(options.artifact, threads);
   tt::Step& step = *loaded;
   try {
     const tt::Mapping file(options.data);
     const tt::Dataset data(file.bytes(), step.manifest(), options.data);
-    if (options.resume && exists(options.checkpoint)) step.restore(options.checkpoint);
-    Run run(options, step, data);
+    const bool restored = options.resume && exists(options.checkpoint);
+    if (restored) step.restore(options.checkpoint);
+    Run run(options, step, data, restored);
     run.train();
     if (!options.predict.empty()) run.predict();
   } catch (const std::system_error& error) {

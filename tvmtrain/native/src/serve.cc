@@ -17,11 +17,13 @@
 #include <tvm/ffi/function.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -52,6 +54,8 @@ std::runtime_error Failed(const std::string& what) { return std::runtime_error(w
 
 // --- Sockets --------------------------------------------------------------------------------------------------------------
 
+using Clock = std::chrono::steady_clock;
+
 // A file descriptor that is closed with its owner.
 class Socket {
  public:
@@ -76,9 +80,11 @@ class Socket {
     }
   }
   void SendInt(int32_t value) const { Send(std::string(reinterpret_cast<char*>(&value), sizeof(value))); }
-  std::string Receive(size_t size) const {
+  // until: when all of it has to be there.
+  std::string Receive(size_t size, const Clock::time_point* until = nullptr) const {
     std::string data(size, '\0');
     for (size_t done = 0; done < size;) {
+      if (until) Await(*until);
       ssize_t got = recv(fd_, &data[done], size - done, 0);
       if (got < 0 && errno == EINTR) continue;
       if (got < 0) throw Failed("receive");
@@ -87,16 +93,16 @@ class Socket {
     }
     return data;
   }
-  int32_t ReceiveInt() const {
+  int32_t ReceiveInt(const Clock::time_point* until = nullptr) const {
     int32_t value;
-    std::memcpy(&value, Receive(sizeof(value)).data(), sizeof(value));
+    std::memcpy(&value, Receive(sizeof(value), until).data(), sizeof(value));
     return value;
   }
   // A text whose length comes first.
-  std::string ReceiveText(int32_t longest) const {
-    int32_t size = ReceiveInt();
+  std::string ReceiveText(int32_t longest, const Clock::time_point* until = nullptr) const {
+    int32_t size = ReceiveInt(until);
     if (size < 0 || size > longest) throw std::runtime_error("got a text of " + std::to_string(size) + " bytes");
-    return Receive(size);
+    return Receive(size, until);
   }
   void SendText(const std::string& text) const {
     SendInt(static_cast<int32_t>(text.size()));
@@ -117,6 +123,12 @@ class Socket {
   }
 
  private:
+  void Await(Clock::time_point until) const {
+    auto left = std::chrono::duration_cast<std::chrono::milliseconds>(until - Clock::now()).count();
+    pollfd ready{fd_, POLLIN, 0};
+    if (left <= 0 || poll(&ready, 1, static_cast<int>(left)) == 0) throw std::runtime_error("the other end says too little");
+  }
+
   int fd_;
 };
 
@@ -211,8 +223,10 @@ struct Client {
 // The first words of TVM's protocol: magic, "client:KEY [-timeout=SECONDS]". Throws for one that does not know the key.
 Client Greet(Socket socket, const std::string& key, const std::string& name) {
   socket.Patience(kGreeting);
-  if (socket.ReceiveInt() != kMagic) throw std::runtime_error("it does not speak TVM's RPC");
-  std::string said = socket.ReceiveText(kLongestKey);
+  // One deadline for all of it: a byte now and then would keep others out.
+  const Clock::time_point until = Clock::now() + std::chrono::seconds(kGreeting);
+  if (socket.ReceiveInt(&until) != kMagic) throw std::runtime_error("it does not speak TVM's RPC");
+  std::string said = socket.ReceiveText(kLongestKey, &until);
   if (said.substr(0, said.find(' ')) != "client:" + key) {
     socket.SendInt(kMismatch);
     throw std::runtime_error("it has another key");
@@ -224,6 +238,16 @@ Client Greet(Socket socket, const std::string& key, const std::string& name) {
   size_t at = said.find("-timeout=");
   double timeout = at == std::string::npos ? 0 : std::atof(said.c_str() + at + std::strlen("-timeout="));
   return Client{std::move(socket), timeout};
+}
+
+// None for a client that is turned away, which is no reason to leave the tracker: the board stays on offer under the same key.
+std::optional<Client> Greeted(Socket socket, const std::string& key, const std::string& name) {
+  try {
+    return Greet(std::move(socket), key, name);
+  } catch (const std::exception& error) {
+    Log(std::string("a client is turned away: ") + error.what());
+    return std::nullopt;
+  }
 }
 
 int RemoveOne(const char* path, const struct stat*, int, struct FTW*) { return remove(path); }
@@ -280,10 +304,11 @@ void Loop(const Options& options) {
       std::string key = tracker ? tracker->Offered() : options.key;
       Socket socket = Accept(listening, tracker);
       if (!socket) continue;
-      Client client = Greet(std::move(socket), key, options.key);
+      std::optional<Client> client = Greeted(std::move(socket), key, options.key);
+      if (!client) continue;
       if (tracker) tracker->Taken();
       Log("a session begins");
-      Serve(client, options);
+      Serve(*client, options);
     } catch (const std::exception& error) {
       Log(error.what());
       if (tracker) tracker->Lost();

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <map>
 #include <system_error>
@@ -31,12 +32,6 @@ namespace ffi = tvm::ffi;
 DLDataType data_type(const DType& dtype) {
   const DLDataTypeCode code = dtype.kind == 'f' ? kDLFloat : dtype.kind == 'i' ? kDLInt : dtype.kind == 'u' ? kDLUInt : kDLBool;
   return {static_cast<uint8_t>(code), static_cast<uint8_t>(8 * dtype.bytes), 1};
-}
-
-// Rows of axis 0 per sample; 0 for a tensor that all samples share.
-int64_t rows_of(const TensorSpec& spec, int64_t batch) {
-  if (spec.shape.empty() || spec.shape[0] % batch || (spec.role == Role::kInput && spec.shape[0] != batch)) return 0;
-  return spec.shape[0] / batch;
 }
 
 Shape shape_of(const tvmtrain_array& array) {
@@ -63,12 +58,12 @@ void check_shape(const TensorSpec& spec, const Shape& got, int64_t batch) {
   throw input_error(message);
 }
 
-// How many samples an array holds, whose axis 0 is free.
+// How many samples an array holds, whose axis 0 is free; 0 for one that all samples share.
 int64_t samples_of(const TensorSpec& spec, const Shape& got, int64_t batch) {
   const int64_t rows = rows_of(spec, batch);
   if (!rows) {
     if (got != spec.shape) throw input_error(spec.shown() + " has shape " + shown(got) + "; want " + shown(spec.shape));
-    return batch;
+    return 0;
   }
   const bool fits = got.size() == spec.shape.size() && std::equal(got.begin() + 1, got.end(), spec.shape.begin() + 1);
   if (!fits || got[0] < 1 || got[0] % rows) {
@@ -79,6 +74,7 @@ int64_t samples_of(const TensorSpec& spec, const Shape& got, int64_t batch) {
 }
 
 void agree(const TensorSpec& spec, int64_t got, int64_t* count) {
+  if (got == 0) return;
   if (*count == 0) *count = got;
   if (got != *count) throw input_error("numbers of samples are " + std::to_string(*count) + " and, of " + spec.shown() + ", " + std::to_string(got) + "; want one number for all");
 }
@@ -170,6 +166,21 @@ class VmStep final : public Step {
 
 }  // namespace
 
+int64_t rows_of(const TensorSpec& spec, int64_t batch) {
+  if (spec.shape.empty() || spec.shape[0] % batch || (spec.role == Role::kInput && spec.shape[0] != batch)) return 0;
+  return spec.shape[0] / batch;
+}
+
+Shape shape_for(const TensorSpec& spec, int64_t count, int64_t batch) {
+  Shape shape = spec.shape;
+  if (const int64_t rows = rows_of(spec, batch)) shape[0] = rows * count;
+  return shape;
+}
+
+Error whole_batch(const TensorSpec& spec, int64_t batch) {
+  return input_error(spec.shown() + " of shape " + shown(spec.shape) + " is one for a whole batch; give exactly " + std::to_string(batch) + " samples");
+}
+
 VmStep::VmStep(const std::string& folder, int threads) : manifest_(read_manifest(folder)), threads_(threads ? threads : default_threads()) {
   if (threads < 0) throw input_error("threads is " + std::to_string(threads) + "; want 1 or more, or 0 for every physical core");
   processors();
@@ -215,6 +226,10 @@ void VmStep::use_threads() const {
   // -3: workers may run on all the listed processors.
   ffi::Function::GetGlobalRequired("runtime.config_threadpool")(-3, threads_, places);
   configured = threads_;
+  const auto got = ffi::Function::GetGlobalRequired("runtime.NumThreads")().cast<int>();
+  if (got < threads_) {
+    std::fprintf(stderr, "warning: TVM was used in this thread before and keeps to %d threads instead of %d; set TVM_NUM_THREADS=%d\n", got, threads_, threads_);
+  }
 }
 
 ffi::Tensor VmStep::tensor(const Shape& shape, const DType& dtype, std::string_view bytes) const {
@@ -304,11 +319,14 @@ void VmStep::add_channels(Given& given) const {
 
 double VmStep::train(const tvmtrain_array* inputs, const tvmtrain_array* targets, double rate) {
   const Entry& entry = manifest_.entry("train_step");
-  if (!std::isfinite(rate)) throw input_error("lr is " + std::to_string(rate) + "; want a finite number of 0 or more, or a negative one for the optimizer's");
+  const TensorSpec& rate_spec = *specs("train_step", Role::kRate).at(0);
+  const std::string rounded = float_bytes(*rate_spec.dtype, rate < 0 ? manifest_.lr : rate);
+  if (!std::isfinite(rate) || !std::isfinite(float_at(*rate_spec.dtype, rounded, 0))) {
+    throw input_error("lr is " + std::to_string(rate) + "; want a number of 0 or more that is finite in " + rate_spec.dtype->name + ", or a negative one for the optimizer's");
+  }
   Given given = batch(inputs, targets);
   add_channels(given);
-  const TensorSpec& rate_spec = *specs("train_step", Role::kRate).at(0);
-  given[{Role::kRate, rate_spec.name}] = tensor({}, *rate_spec.dtype, float_bytes(*rate_spec.dtype, rate < 0 ? manifest_.lr : rate));
+  given[{Role::kRate, rate_spec.name}] = tensor({}, *rate_spec.dtype, rounded);
   const std::vector<ffi::Tensor> results = run(entry, given, tensors_);
   double loss = NAN;
   for (size_t i = 0; i < results.size(); ++i) {
@@ -342,6 +360,9 @@ void VmStep::predict(const tvmtrain_array* inputs, const tvmtrain_array* outputs
     agree(*made[i], samples_of(*made[i], shape_of(outputs[i]), batch), &count);
     checked_bytes(*made[i], outputs[i]);
   }
+  for (const TensorSpec* spec : made) {
+    if (count != batch && !rows_of(*spec, batch)) throw whole_batch(*spec, batch);
+  }
   for (int64_t start = 0; start < count; start += batch) {
     const int64_t size = std::min(batch, count - start);
     Given given;
@@ -355,8 +376,10 @@ void VmStep::predict(const tvmtrain_array* inputs, const tvmtrain_array* outputs
     for (size_t j = 0; j < results.size(); ++j) {
       if (entry.outputs[j].role != Role::kOutput) continue;
       const std::string values = bytes_of(results[j]);
-      const size_t sample = values.size() / static_cast<size_t>(batch);
-      std::memcpy(static_cast<char*>(outputs[i++].data) + static_cast<size_t>(start) * sample, values.data(), sample * static_cast<size_t>(size));
+      const bool rows = rows_of(entry.outputs[j], batch) > 0;
+      const size_t sample = values.size() / static_cast<size_t>(batch), taken = rows ? sample * static_cast<size_t>(size) : values.size();
+      if (taken) std::memcpy(static_cast<char*>(outputs[i].data) + static_cast<size_t>(start) * sample, values.data(), taken);
+      ++i;
     }
   }
 }

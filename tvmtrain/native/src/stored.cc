@@ -101,7 +101,7 @@ uint64_t checked_steps(const TensorFile& file, const std::string& where) {
 Manifest read_manifest(const std::string& folder) {
   const std::string path = folder + "/manifest.json";
   try {
-    const Bytes data = read_file(path);
+    const Bytes data = read_file(path, kMostJsonBytes);
     Manifest manifest = parse_manifest({reinterpret_cast<const char*>(data.data()), data.size()});
     check_machine(manifest.device);
     return manifest;
