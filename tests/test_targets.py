@@ -154,4 +154,13 @@ def test_the_pages_commands_are_commands() -> None:
         "raspberry-pi-4b",
         "jetson-orin-nano",
     }
-    assert {options.command for options in parsed} == {"devices", "verify", "compile", "deploy"}
+    assert {options.command for options in parsed} == {
+        "devices",
+        "verify",
+        "compile",
+        "deploy",
+        "run",
+        "profile",
+        "bench",
+        "tune",
+    }
