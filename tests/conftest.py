@@ -53,6 +53,8 @@ LONG = (
     *(f"test_a_loss_that_is_not_finite_leaves_every_bit[{name}]" for name in ("sgd", "adam")),
     "test_one_that_says_nothing_or_nonsense_keeps_nobody_out[python]",
     "test_a_search_without_boards_says_so",
+    *(f"test_thousands_of_wrong_{kind}[1]" for kind in ("manifests", "tensor_files")),
+    "test_many_kernels_are_compiled_in_parts_for_a_board_too",
 )
 
 

@@ -148,10 +148,19 @@ def test_the_pages_commands_are_commands() -> None:
     commands = [
         shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line.startswith("tvmtrain ")
     ]
-    parsed = [cli._parser().parse_args(words[1:]) for words in commands if "--rpc" not in words]
+    parsed = [cli._parser().parse_args(words[1:]) for words in commands]
     assert {options.device for options in parsed if hasattr(options, "device")} == {
         "host",
         "raspberry-pi-4b",
         "jetson-orin-nano",
     }
-    assert {options.command for options in parsed} == {"devices", "verify", "compile", "deploy"}
+    assert {options.command for options in parsed} == {
+        "devices",
+        "verify",
+        "compile",
+        "deploy",
+        "run",
+        "profile",
+        "bench",
+        "tune",
+    }
