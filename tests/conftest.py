@@ -55,6 +55,9 @@ LONG = (
     "test_a_search_without_boards_says_so",
     *(f"test_thousands_of_wrong_{kind}[1]" for kind in ("manifests", "tensor_files")),
     "test_many_kernels_are_compiled_in_parts_for_a_board_too",
+    "test_resnet18_of_a_foreign_exporter_trains_with_the_same_losses",
+    "test_steps_in_strips_are_the_same_steps",
+    "test_table_of_the_gradient_filtering_paper[ResNet18]",
 )
 
 

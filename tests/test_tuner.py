@@ -28,7 +28,7 @@ from tvmtrain import cli, lowering, operators, roofline, targets, trials, tuner
 from tvmtrain.console import Console
 from tvmtrain.errors import DeviceError, StorageError
 from tvmtrain.schedules import cpu, records
-from tvmtrain.schedules.decisions import DEFAULT, OPTIONS, Decisions
+from tvmtrain.schedules.decisions import DEFAULT, OPTIONS, VERSION, Decisions
 from tvmtrain.schedules.records import Record, Records
 
 rng = np.random.default_rng(0)
@@ -155,9 +155,10 @@ def test_records_of_other_conditions_warn_and_are_not_used(folder: Path) -> None
         assert records.load(device) == Records()
 
 
-@pytest.mark.parametrize(
-    "damage", ["", "[]", "{", '{"templates": 1}\n{"kernel": 3}', '{"templates": 1}\n{"decisions": [99, 0, 0, 0, 0]}']
-)
+OURS = f'{{"templates": {VERSION}}}\n'
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{", OURS + '{"kernel": 3}', OURS + '{"decisions": [99, 0, 0, 0, 0]}'])
 def test_damaged_records_are_refused(folder: Path, damage: str) -> None:
     folder.mkdir(parents=True)
     (folder / records.RECORDS).write_text(damage)

@@ -1,0 +1,62 @@
+"""What a bundle of ``tvmtrain deploy`` weighs: MobileNetV2 of two widths, all trained and with the last four convolutions filtered.
+
+    python benchmarks/bundles.py [--device raspberry-pi-4b]
+
+10 classes, 4 images of 64x64, SGD with momentum. Weights are random, which packs as badly as trained ones; the optimizer's state is
+zeros and packs to nothing. "code" is all but the file of parameters. About a minute a row; TVM's libraries for the device come from
+PyPI the first time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import networks
+import torch
+
+import tvmtrain as tt
+from tvmtrain import artifact
+from tvmtrain.deploy import Bundle, deploy
+from tvmtrain.spec import UpdatePlan
+
+WIDTHS = (0.35, 1.0)
+MB = 1e6
+
+
+def rows() -> Iterator[tuple[str, tt.TrainGraph]]:
+    """Name and training step of each row."""
+    for width in WIDTHS:
+        torch.manual_seed(0)
+        model = networks.MobileNetV2(width, 10).eval()
+        x, y = torch.randn(4, 3, 64, 64), torch.randint(0, 10, (4,))
+        graph = tt.trace(model, x, y, optimizer=tt.SGD(lr=0.01, momentum=0.9))
+        yield f"width {width}, all is trained", graph
+        yield f"width {width}, last 4 filtered 2x2", graph.apply(UpdatePlan.last(graph.layers, 4, filter=2))
+
+
+def bundled(graph: tt.TrainGraph, device: str) -> tuple[Bundle, int, int]:
+    """The bundle, and the bytes of its file of parameters, packed and unpacked."""
+    with tempfile.TemporaryDirectory() as folder:
+        tt.build(graph, device).save(folder)
+        parameters = (Path(folder) / artifact.PARAMETERS).read_bytes()
+        bundle = deploy(folder, device, Path(folder) / "bundle.tar.gz")
+    return bundle, len(gzip.compress(parameters, 9)), len(parameters)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="raspberry-pi-4b")
+    device = parser.parse_args().device
+    print(f"{'MB for ' + device:<36} .tar.gz  unpacked  parameters  .tar.gz of code  code", flush=True)
+    for name, graph in rows():
+        bundle, packed, parameters = bundled(graph, device)
+        sizes = (bundle.packed, bundle.unpacked, parameters, bundle.packed - packed, bundle.unpacked - parameters)
+        print(f"{name:<36} {'  '.join(f'{size / MB:>8.1f}' for size in sizes)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
