@@ -22,7 +22,8 @@ from tvm.ir.transform import PassContext, module_pass
 from tvm.s_tir import Schedule
 
 from tvmtrain.schedules import SCHEDULED
-from tvmtrain.schedules.blocks import FAILURES, Block, describe
+from tvmtrain.schedules.blocks import FAILURES, Block
+from tvmtrain.schedules.cpu import blocks_of
 from tvmtrain.schedules.tiles import vector_axis
 
 CALL_TIR = Op.get("relax.call_tir")
@@ -63,10 +64,7 @@ class _Kernel:
     def blocks(self) -> Sequence[Block] | None:
         """None where they are not plain."""
         with suppress(*FAILURES):
-            sch = Schedule(self.function, error_render_level="none")
-            blocks = [describe(sch, block) for block in sch.get_child_blocks(sch.get_sblock("root"))]
-            plain = [b for b in blocks if b is not None]
-            return plain if len(plain) == len(blocks) else None
+            return blocks_of(Schedule(self.function, error_render_level="none")) or None
         return None
 
     @property
@@ -81,14 +79,12 @@ class _Kernel:
         if SCHEDULED in self.function.attrs or self.blocks is None:
             return None
         buffer = self.function.params[position]
-        passes = 0
         for block in self.blocks:
-            axis = vector_axis(block) if block.reduction else None
-            if any(
-                r.buffer.same_as(buffer) and block.reduction and (axis is None or r.strides[axis] == 0) for r in block.reads
-            ):
-                passes = 2
-        return passes
+            axis = vector_axis(block)
+            own = [r for r in block.reads if block.reduction and r.buffer.same_as(buffer)]
+            if any(axis is None or r.strides[axis] == 0 for r in own):
+                return 2
+        return 0
 
 
 class _Merging:
@@ -157,8 +153,6 @@ class _Merging:
         for reader in self.readers[i]:
             before = self.group.setdefault(reader, [])
             before += [k for k in (*self.group.get(i, []), i) if k not in before]
-            for k in self.group.get(i, []):
-                self.readers[k].append(reader)
         self.gone.add(i)
 
     def _rewritten(self, i: int, builder: relax.BlockBuilder) -> relax.Binding:
