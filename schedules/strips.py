@@ -8,17 +8,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.tirx import IndexMap
 
 from tvmtrain.schedules.blocks import Access, Block, describe
-from tvmtrain.schedules.tiles import Tile, vector_axis
+from tvmtrain.schedules.tiles import Tile, divisors, extent_of, vector_axis
+from tvmtrain.targets import Device
 
 # Tiles of rows for which a copy of the columns that they read is worth making; fewer do where each element is on a page of its own.
 FEWEST_READERS, FEWEST_OF_PAGES = 6, 2
 # Elements of a page of memory.
 PAGE = 1024
+# Lines of memory that a processor's prefetcher can be trusted to follow at once: where there are more, longer runs of each are read.
+FOLLOWED = 16
+# Strips that are then brought together, at most, and the part of a core's second cache that they may fill.
+TOGETHER, PART = 8, 4
 
 
 def in_strips(block: Block, access: Access) -> bool:
@@ -32,7 +38,7 @@ def in_strips(block: Block, access: Access) -> bool:
     )
 
 
-def bring_strips(sch: Schedule, block: Block, shape: Tile, at: LoopRV) -> None:
+def bring_strips(sch: Schedule, block: Block, shape: Tile, at: LoopRV, device: Device) -> None:
     """The columns that all tiles of rows read in turn: made there, or copied without gaps, of a page each, that miss in every cache."""
     again = prod(block.extents[axis] // size for axis, size in shape.rows)
     rows = [axis for axis, _ in shape.rows]
@@ -46,8 +52,27 @@ def bring_strips(sch: Schedule, block: Block, shape: Tile, at: LoopRV) -> None:
             made = sch.cache_read(sch.get_sblock(block.name), i, "global")
         if made is not None:
             _as_lines(sch, made, [int(d) for d in read.buffer.shape], block.extents[shape.axis])
+            at, together = _group(sch, block, shape, at, device)
             sch.compute_at(made, at)
             sch.vectorize(sch.split(sch.get_loops(made)[-1], factors=[None, shape.lanes])[1])
+            if together > 1:
+                _strip_by_strip(sch, made, shape.columns * shape.lanes)
+
+
+def _group(sch: Schedule, block: Block, shape: Tile, at: LoopRV, device: Device) -> tuple[LoopRV, int]:
+    """The loop over groups of strips that are brought together, and how many strips are in each."""
+    lines = block.extents[block.reductions[0]]
+    size = 4 * lines * shape.columns * shape.lanes
+    most = min(TOGETHER, device.caches.l2 // PART // size) if lines > FOLLOWED else 1
+    together = max(divisors(extent_of(sch, at), most), default=1)
+    if together == 1 or sch.get(at).kind != tirx.ForKind.SERIAL:
+        return at, 1
+    return sch.split(at, factors=[None, together])[0], together
+
+
+def _strip_by_strip(sch: Schedule, made: SBlockRV, width: int) -> None:
+    """Strips lie one after the other."""
+    sch.transform_layout(made, ("write", 0), lambda *i: [*i[:-2], i[-1] // width, i[-2], i[-1] % width])
 
 
 def _maker(sch: Schedule, block: Block, read: Access) -> SBlockRV | None:

@@ -58,6 +58,16 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[tuple[int, 
     "matmul, batches": (R.matmul, np.matmul, ((2, 3, 197, 64), (2, 3, 64, 197))),
     "matmul, transposed": (lambda a, b: R.matmul(a, R.permute_dims(b)), lambda a, b: a @ b.T, ((64, 96), (160, 96))),
     "matmul, wide": (R.matmul, np.matmul, ((96, 33), (33, 528))),
+    "pointwise, large map": (
+        R.nn.conv2d,
+        lambda x, w: np.einsum("nchw,oc->nohw", x, w[:, :, 0, 0]),
+        ((4, 96, 32, 32), (24, 96, 1, 1)),
+    ),
+    "pointwise, large map of a prime": (
+        R.nn.conv2d,
+        lambda x, w: np.einsum("nchw,oc->nohw", x, w[:, :, 0, 0]),
+        ((3, 40, 37, 41), (18, 40, 1, 1)),
+    ),
     "matmul, then more": (
         lambda a, b, c, d: R.add(R.nn.relu(R.add(R.matmul(a, b), c)), d),
         lambda a, b, c, d: np.maximum(a @ b + c, 0) + d,
@@ -128,6 +138,14 @@ def test_columns_that_many_rows_read_are_copied_first() -> None:
     assert text.count("T.parallel") == 1
     assert "v1_global" in text
     assert "v1_global" not in scheduled(R.matmul, (8, 48), (48, 480)), "too few tiles would read them"
+
+
+def test_strips_of_many_lines_are_brought_together() -> None:
+    """As many as divide the map's 64 and fill a quarter of the cache; the numbers are test_numbers_stay_the_same's."""
+    many = scheduled(R.nn.conv2d, (4, 96, 32, 32), (24, 96, 1, 1))
+    (loops,) = [line for line in many.splitlines() if "in T.grid(T.int64(96), T.int64(16))" in line]
+    assert loops, "eight strips of two vectors for each of 96 channels"
+    assert "T.int64(128)" not in scheduled(R.nn.conv2d, (4, 16, 32, 32), (24, 16, 1, 1)), "a prefetcher follows 16 lines"
 
 
 @pytest.mark.parametrize("size", [(24, 24), (23, 25)])
