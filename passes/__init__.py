@@ -30,6 +30,7 @@ from tvmtrain.passes.pooled_domain import PooledDomain
 from tvmtrain.passes.prune_frozen import PruneFrozen
 from tvmtrain.passes.recompute import Recompute
 from tvmtrain.passes.return_gradients import ReturnGradients
+from tvmtrain.passes.scale_weights import ScaleWeights
 from tvmtrain.passes.sparse_update import SparseUpdate
 from tvmtrain.passes.stop_gradients import StopGradients
 from tvmtrain.spec import Optimizer
@@ -83,10 +84,11 @@ def pipeline(training: Training, optimizer: Optimizer, *, gradients: bool = Fals
             # The names of results, so that a guard finds the value itself.
             relax.transform.CanonicalizeBindings(),
             GuardState(),
-            # 4. Names that only rename, and what nothing reads.
+            # 4. Names that only rename, what nothing reads, and scales that cost less elsewhere.
             relax.transform.CanonicalizeBindings(),
             relax.transform.DeadCodeElimination(),
             DropUnread(),
+            ScaleWeights(),
             # 5. What the forward keeps for the backward.
             Recompute(),
             GatherEarly(),
