@@ -1,6 +1,6 @@
-"""Milliseconds of one training step on this machine's processor, compiled and in PyTorch at its fastest.
+"""Milliseconds of one training step on this machine's processor or NVIDIA GPU, compiled and in PyTorch at its fastest.
 
-    python benchmarks/speed.py [--rows SUBSTRING] [-o results.json]
+    python benchmarks/speed.py [--device cuda] [--rows SUBSTRING] [-o results.json]
 
 Each row is a ``tvmtrain bench``: contestants in processes of their own, in turns; same weights, batch and trained parameters, SGD.
 Filtered gradients and shares of channels cannot be told to PyTorch, which trains the same layers whole, or, where the row says so,
@@ -25,7 +25,7 @@ from torch import nn
 
 from tvmtrain import artifact, bench
 from tvmtrain.console import Console, percent
-from tvmtrain.contestant import OURS, PEERS
+from tvmtrain.contestant import GPU_PEERS, OURS
 from tvmtrain.jobs import Job
 from tvmtrain.spec import SGD, UpdatePlan
 
@@ -120,7 +120,7 @@ def chosen(text: str) -> tuple[Row, ...]:
 
 
 @contextmanager
-def job(row: Row) -> Iterator[Job]:
+def job(row: Row, device: str = "host") -> Iterator[Job]:
     """What ``tvmtrain bench`` would be told; the plan is a file for as long."""
     model = f"{Path(__file__).resolve()}:{row.factory}"
     with tempfile.TemporaryDirectory() as folder:
@@ -128,12 +128,13 @@ def job(row: Row) -> Iterator[Job]:
         if row.plan is not None:
             path = Path(folder) / "plan.toml"
             path.write_text(row.plan.to_toml(), encoding="utf-8")
-        yield Job(model, optimizer=SGD(lr=bench.RATE), plan=path, training=row.training)
+        yield Job(model, optimizer=SGD(lr=bench.RATE), plan=path, training=row.training, device=device)
 
 
 def show(results: dict[str, bench.Result], out: Console) -> None:
     """One line for each row."""
-    names = (OURS, *PEERS)
+    ran = {c.name for result in results.values() for c in result.contestants}
+    names = [name for name in (OURS, *GPU_PEERS) if name in ran]
     rows = []
     for name, result in results.items():
         times = {c.name: f"{c.best.median:.2f}" for c in result.contestants if c.best is not None}
@@ -143,12 +144,12 @@ def show(results: dict[str, bench.Result], out: Console) -> None:
     out.table(("ms", *(f">{name}" for name in names), "rival", ">rival / ours", "valid"), rows)
 
 
-def run(rows: Iterable[Row], settings: bench.Settings, out: Console) -> dict[str, bench.Result]:
-    """Row by row. Raises ``BusyMachineError``."""
+def run(rows: Iterable[Row], device: str, settings: bench.Settings, out: Console) -> dict[str, bench.Result]:
+    """Row by row. Raises what ``bench.bench`` raises."""
     results = {}
     for row in rows:
         out.line(f"\n{row.name}", style="bold")
-        with job(row) as what:
+        with job(row, device) as what:
             results[row.name] = bench.bench(what, replace(settings, peers_train_all=row.rival_trains_all), out)
         bench.show(results[row.name], out)
     return results
@@ -156,20 +157,21 @@ def run(rows: Iterable[Row], settings: bench.Settings, out: Console) -> dict[str
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="host", metavar="NAME", help="host, or cuda for this machine's GPU")
     parser.add_argument("--rows", default="", metavar="SUBSTRING", help="only rows with this in their names")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument("--peers", metavar="NAMES", help="with commas between (default: all that the device has)")
     parser.add_argument("--anyway", action="store_true", help="measure on a busy machine, too: the result says so")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write all results as JSON")
     options = parser.parse_args()
     if not (rows := chosen(options.rows)):
         parser.error(f"--rows: got {options.rows!r}, wanted a part of one of: {'; '.join(row.name for row in ROWS)}")
-    peers = tuple(options.peers.split(","))
+    peers = tuple(options.peers.split(",")) if options.peers else None
     settings = bench.Settings(options.rounds, options.steps, threads=options.threads, peers=peers, anyway=options.anyway)
     out = Console()
-    results = run(rows, settings, out)
+    results = run(rows, options.device, settings, out)
     show(results, out)
     if options.output is not None:
         content = {name: result.to_dict() for name, result in results.items()}

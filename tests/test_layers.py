@@ -23,7 +23,10 @@ ALLOWED: dict[str, set[str]] = {
     "gpu_code": {"errors"},
     "cuda_compiler": {"errors"},
     "toolchain": {"errors", "targets"},
-    "runtime": {"artifact", "errors", "gpu_code", "selection"},
+    "batches": {"artifact", "errors"},
+    "losses": {"artifact"},
+    "runtime": {"artifact", "batches", "errors", "gpu_code", "losses", "selection"},
+    "gpu_load": set(),
     "console": set(),
     "data": {"artifact", "errors"},
     "session": {"artifact", "features", "errors", "runtime"},
@@ -86,10 +89,22 @@ FRONT = {
     "fleet",
     "contestant",
     "peers",
+    "gpu_peers",
     "__init__",
     "__main__",
 }
-WITH_TORCH = {"converters", "oracle", "importer", "onnx_model", "translator", "jobs", "verify", "quickstart", "peers"}
+WITH_TORCH = {
+    "converters",
+    "oracle",
+    "importer",
+    "onnx_model",
+    "translator",
+    "jobs",
+    "verify",
+    "quickstart",
+    "peers",
+    "gpu_peers",
+}
 
 
 def room(path: Path) -> str:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from tvm import relax
 
 import tvmtrain
-from tvmtrain import artifact, runtime
+from tvmtrain import artifact, losses, runtime
 from tvmtrain.artifact import LossSpec
 from tvmtrain.errors import ArtifactError, CheckpointError, InputError, NonFiniteLossError
 
@@ -175,7 +175,7 @@ def test_cross_entropy_of_dense_labels(ignore):
     expected = functional.cross_entropy(
         torch.from_numpy(logits).double(), torch.from_numpy(labels), ignore_index=-100 if ignore is None else ignore
     )
-    pieces = [runtime.measure(LossSpec("cross_entropy", 5, ignore), logits[i : i + 2], labels[i : i + 2]) for i in (0, 2)]
+    pieces = [losses.measure(LossSpec("cross_entropy", 5, ignore), logits[i : i + 2], labels[i : i + 2]) for i in (0, 2)]
     total = pieces[0] + pieces[1]
     assert total.loss / total.weight == pytest.approx(expected.item(), rel=1e-12)
     counts = labels != ignore if ignore is not None else labels >= 0
@@ -188,7 +188,7 @@ def test_cross_entropy_of_probabilities(shape):
     random = np.random.default_rng(0)
     logits, target = random.standard_normal((2, *shape))
     expected = functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(target))
-    tally = runtime.measure(LossSpec("cross_entropy"), logits, target)
+    tally = losses.measure(LossSpec("cross_entropy"), logits, target)
     assert tally.loss / tally.weight == pytest.approx(expected.item(), rel=1e-12)
 
 
@@ -196,7 +196,7 @@ def test_bce_with_logits():
     random = np.random.default_rng(0)
     logits, target = 50 * random.standard_normal((4, 3)), random.random((4, 3))
     expected = functional.binary_cross_entropy_with_logits(torch.from_numpy(logits), torch.from_numpy(target))
-    tally = runtime.measure(LossSpec("bce_with_logits"), logits, target)
+    tally = losses.measure(LossSpec("bce_with_logits"), logits, target)
     assert tally.loss / tally.weight == pytest.approx(expected.item(), rel=1e-12)
 
 
@@ -467,7 +467,7 @@ def test_the_runtime_needs_neither_pytorch_nor_the_compiler(tmp_path, step):
     assert report["losses"] == [step(X, Y) for _ in range(3)]
     assert report["evaluation"] == step.evaluate(X, Y)
     assert report["foreign"] == []
-    ours = ("artifact", "costs", "errors", "features", "gpu_code", "runtime", "selection")
+    ours = ("artifact", "batches", "costs", "errors", "features", "gpu_code", "losses", "runtime", "selection")
     assert report["ours"] == ["tvmtrain", *(f"tvmtrain.{name}" for name in ours)]
     assert result.stderr == ""
 

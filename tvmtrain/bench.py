@@ -1,8 +1,9 @@
 """A compiled training step beside the fastest that PyTorch has: same weights, same batch, same trained parameters.
 
 Each contestant is a process of its own that stays alive; they take turns, and all but one sleep. PyTorch gets its best: fused
-optimizer, channels last, ``torch.compile``, and an allocator that keeps what it has, which makes it up to twice as fast as its default.
-A contestant's time is the median of its best round; the rival is the fastest of the others.
+optimizer, channels last, ``torch.compile``, and an allocator that keeps what it has, which makes it up to twice as fast as its default;
+on an NVIDIA GPU each of these as a CUDA graph, too (``gpu_peers`` has the terms). A contestant's time is the median of its best round;
+the rival is the fastest of the others.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from tvmtrain import targets
+from tvmtrain import gpu_load, runtime, targets
 from tvmtrain.console import Console, number, percent, size
-from tvmtrain.contestant import BUILD, OURS, PEERS, Built, Failed, Order, Ready, Taken, Turn
-from tvmtrain.errors import BusyMachineError, InputError
+from tvmtrain.contestant import BUILD, GPU_PEERS, GRAPH, OURS, PEERS, Built, Failed, Order, Ready, Taken, Turn
+from tvmtrain.errors import BusyMachineError, DeviceError, InputError
 
 if TYPE_CHECKING:
     from tvmtrain.jobs import Job
@@ -32,6 +33,7 @@ RATE = 1e-5  # hundreds of steps on one batch stay alike, and rounding does not 
 IDLE = 0.85
 LOOK = 1.0  # seconds over which idleness is looked at
 PAUSE = 0.5  # seconds after which the threads of TVM and OpenMP no longer wait by spinning
+GPU_WARMUP = 0.5  # seconds in which a GPU that was idle gets back to its clock
 STAT = Path("/proc/stat")
 # glibc's allocator keeps what is freed, and PyTorch does not fault in its pages again in every step.
 STRONGEST = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8000000000", "MALLOC_TOP_PAD_": "268435456"}
@@ -44,7 +46,8 @@ START = "from tvmtrain import contestant; contestant.main()"
 class Settings:
     """How to measure: in each of ``rounds``, ``warmup`` steps and then ``steps`` on the clock, with ``threads`` threads.
 
-    tolerance: of the first two losses, relative; anyway: measure on a busy machine, too. peers_train_all: they train whatever has a
+    peers: some of ``GPU_PEERS``, or of ``PEERS`` where a processor computes; None: all of them. warm: seconds that ``warmup`` takes at
+    least. tolerance: of the first two losses, relative; anyway: measure on a busy machine, too. peers_train_all: they train whatever has a
     gradient in the model, and only ours what the plan says.
     """
 
@@ -52,18 +55,30 @@ class Settings:
     steps: int = 30
     warmup: int = 3
     threads: int = 2
-    peers: tuple[str, ...] = PEERS
+    peers: tuple[str, ...] | None = None
     tolerance: float = 1e-3
     anyway: bool = False
     peers_train_all: bool = False
+    warm: float = 0.0
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.peers if name not in PEERS]:
-            raise InputError(f"peers: got {', '.join(unknown)}; want some of {', '.join(PEERS)}")
-        if len(set(self.peers)) < len(self.peers):
-            raise InputError(f"peers: got {', '.join(self.peers)}; want each once")
+        _check_peers(self.peers or (), GPU_PEERS)
         if min(self.rounds, self.steps, self.threads) < 1 or self.warmup < 0:
             raise InputError(f"got {self.rounds} rounds, {self.steps} steps, {self.threads} threads; want 1 or more of each")
+
+    def on(self, device: str, gpu: bool) -> Settings:
+        """With the peers that can be had there, and time for a GPU to get warm. Raises ``InputError`` for peers that cannot."""
+        offered = GPU_PEERS if gpu else PEERS
+        peers = offered if self.peers is None else self.peers
+        _check_peers(peers, offered, f" on device {device!r}")
+        return replace(self, peers=peers, warm=max(self.warm, GPU_WARMUP if gpu else 0.0))
+
+
+def _check_peers(peers: Sequence[str], offered: Sequence[str], where: str = "") -> None:
+    if unknown := [name for name in peers if name not in offered]:
+        raise InputError(f"peers: got {', '.join(unknown)}; want some of {', '.join(offered)}{where}")
+    if len(set(peers)) < len(peers):
+        raise InputError(f"peers: got {', '.join(peers)}; want each once")
 
 
 @dataclass(frozen=True)
@@ -87,7 +102,8 @@ class Contestant:
 
     best: of its best round; overall: of all rounds. losses: of its first two steps; same: whether they are those of the others.
     seconds: of compiling before the first step, or of the first step itself where it compiles; None where nothing is compiled.
-    first, steady: bytes by which the process was at most larger than before its first step, in that step and in the timed ones.
+    first, steady: in that step and in the timed ones, bytes by which the process was at most larger than before its first step; or of
+    all tensors on the GPU, parameters too: as PyTorch counts them, and in ours as the manifest does, with the batch.
     """
 
     name: str
@@ -103,18 +119,30 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it was measured; idle: the share of all processors that nobody used, before and after, with all contestants asleep."""
+    """Where it was measured; idle: the share of all processors that nobody used, before and after, with all contestants asleep.
+
+    gpu: None where a processor computed; else with the share of time in which nobody used it, None where nothing tells.
+    """
 
     processor: str
     cpus: int
     load: float
     idle_before: float | None
     idle_after: float | None = None
+    gpu: str | None = None
+    gpu_idle_before: float | None = None
+    gpu_idle_after: float | None = None
 
     @property
     def busy(self) -> bool:
         """Whether others used it."""
-        return any(idle is not None and idle < IDLE for idle in (self.idle_before, self.idle_after))
+        shares = (self.idle_before, self.idle_after, self.gpu_idle_before, self.gpu_idle_after)
+        return any(idle is not None and idle < IDLE for idle in shares)
+
+    def afterwards(self) -> Machine:
+        """With what it is like now."""
+        idle = idle_share()
+        return replace(self, idle_after=idle, gpu_idle_after=None if self.gpu is None else gpu_load.idle_share())
 
 
 @dataclass(frozen=True)
@@ -144,10 +172,13 @@ class Result:
 
 
 def bench(job: Job, settings: Settings, out: Console) -> Result:
-    """Measure ``job`` beside its peers. Raises ``BusyMachineError``, ``InputError`` for a GPU; who fails is told in the result."""
-    if targets.load(job.device).gpu is not None:
-        raise InputError(f"device {job.device!r} is a GPU; want a processor, where the peers compute, too")
-    machine = look_at(settings)
+    """Measure ``job`` beside its peers; who fails is told in the result.
+
+    Raises ``BusyMachineError``, ``DeviceError`` for a GPU that is not here, ``InputError`` for peers that its device does not have.
+    """
+    on_gpu = targets.load(job.device).gpu is not None
+    settings = settings.on(job.device, on_gpu)
+    machine = look_at(settings, _gpu(job.device, settings) if on_gpu else None)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as alive:
         started, failed = _start_all(job, settings, Path(folder), alive, out)
         turns = _rounds(started, settings, out)
@@ -155,22 +186,37 @@ def bench(job: Job, settings: Settings, out: Console) -> Result:
             if isinstance(process.said, Failed):
                 failed[process.name] = process.said.reason
         time.sleep(PAUSE)
-        machine = replace(machine, idle_after=idle_share())
+        machine = machine.afterwards()
         found = [_contestant(p, turns[p.name]) for p in started if p.name not in failed]
     found += [Contestant(name, reason) for name, reason in failed.items()]
     return _result(job, settings, _compared(found, settings), machine)
 
 
-def look_at(settings: Settings) -> Machine:
-    """This machine before it begins. Raises ``BusyMachineError`` where others use it, unless ``settings.anyway``."""
+def look_at(settings: Settings, gpu: str | None = None) -> Machine:
+    """This machine before it begins. Raises ``BusyMachineError`` where others use it or its ``gpu``, unless ``settings.anyway``."""
     idle = idle_share()
-    machine = Machine(_processor(), os.cpu_count() or 1, os.getloadavg()[0], idle)
+    gpu_idle = None if gpu is None else gpu_load.idle_share()
+    machine = Machine(_processor(), os.cpu_count() or 1, os.getloadavg()[0], idle, gpu=gpu, gpu_idle_before=gpu_idle)
     if machine.busy and not settings.anyway:
+        also = "" if gpu_idle is None else f" and its {gpu} {percent(gpu_idle)}"
         raise BusyMachineError(
-            f"this machine is {percent(idle)} idle (load average {machine.load:.2f}, {machine.cpus} processors), wanted "
+            f"this machine is {percent(idle)} idle{also} (load average {machine.load:.2f}, {machine.cpus} processors), wanted "
             f"{percent(IDLE)}: what else runs would be measured, too; wait for it to end, or add --anyway for figures that are no record"
         )
     return machine
+
+
+def _gpu(device: str, settings: Settings) -> str:
+    """The name of this machine's GPU. Raises ``DeviceError`` where TVM, or PyTorch if it takes part, cannot use one."""
+    try:
+        found = runtime.gpu()
+    except DeviceError as error:
+        raise DeviceError(f"device {device!r} is a GPU, and {error}; a step on a board is timed with --rpc") from error
+    if settings.peers:
+        from tvmtrain import gpu_peers
+
+        gpu_peers.check(device)
+    return str(found.device_name)
 
 
 def idle_share() -> float | None:
@@ -272,14 +318,15 @@ def _start_all(
     """Those that have taken two steps, in their order, and why the others have not."""
     started: list[_Process] = []
     failed: dict[str, str] = {}
+    peers = settings.peers or ()
     built = _build(job, settings, folder, out)
     if isinstance(built, Failed):
         failed[OURS] = built.reason
         if job.plan is not None:
             # What the plan trains is known from the compiled step alone.
-            return started, failed | dict.fromkeys(settings.peers, "the step that they are compared with was not built")
+            return started, failed | dict.fromkeys(peers, "the step that they are compared with was not built")
     trained = built.trained if isinstance(built, Built) and not settings.peers_train_all else None
-    for name in settings.peers if OURS in failed else (OURS, *settings.peers):
+    for name in peers if OURS in failed else (OURS, *peers):
         order = Order(name, str(folder / "out"), settings.threads, None if name == OURS else job, trained)
         with out.working(f"starting {name}"):
             process = alive.enter_context(running(order, environment(name, settings.threads, folder)))
@@ -303,7 +350,7 @@ def _build(job: Job, settings: Settings, folder: Path, out: Console) -> Built | 
 def _compiling(name: str, built: Built | Failed, ready: Ready) -> float | None:
     if name == OURS:
         return built.seconds if isinstance(built, Built) else None
-    return ready.seconds if name.startswith("compile") else None
+    return ready.seconds if name.startswith("compile") or name.endswith(GRAPH) else None
 
 
 def environment(name: str, threads: int, folder: Path) -> dict[str, str]:
@@ -327,7 +374,7 @@ def _rounds(started: Sequence[_Process], settings: Settings, out: Console) -> di
                 if isinstance(process.said, Failed):
                     continue
                 time.sleep(PAUSE)
-                taken = process.ask(Turn(settings.warmup, settings.steps))
+                taken = process.ask(Turn(settings.warmup, settings.steps, settings.warm))
                 if isinstance(taken, Taken):
                     turns[process.name].append(taken)
                     bar.advance(1, f"{process.name} {statistics.median(taken.ms):.2f} ms")
@@ -381,15 +428,18 @@ def show(result: Result, out: Console) -> None:
     for c in (c for c in result.contestants if c.failed is not None):
         out.line(f"{c.name} is out: {c.failed}", style="yellow")
     s, m = result.settings, result.machine
-    out.line(
-        f"best of {s.rounds} rounds of {s.steps} steps, {s.threads} threads, {m.processor}; memory: above that before a step"
-    )
+    where, memory = m.processor, "above that before a step"
+    if m.gpu is not None:
+        where, memory = f"{m.gpu}, {m.processor}", "of all tensors on the GPU; each step takes its batch there, all in float32"
+    out.line(f"best of {s.rounds} rounds of {s.steps} steps, {s.threads} threads, {where}; memory: {memory}")
     if result.ratio is not None:
         out.line(f"the fastest other, {result.rival}, takes {result.ratio:.2f} times as long as {OURS}", style="bold")
     if not result.sound:
         out.line("not all of them computed the same, or ours did not run: this compares nothing", style="red")
     if not result.quiet:
         idle = f"{percent(m.idle_before)} idle before and {percent(m.idle_after)} after"
+        if m.gpu is not None:
+            idle += f", its GPU {percent(m.gpu_idle_before)} and {percent(m.gpu_idle_after)}"
         out.line(f"the machine was busy ({idle}): these figures are no record", style="red")
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tvmtrain.console import Console, flops, number, percent, size
-from tvmtrain.contestant import PEERS
+from tvmtrain.contestant import GPU_PEERS, GRAPH, PEERS
 from tvmtrain.errors import InputError, RemoteError, TvmtrainError
 from tvmtrain.spec import OPTIMIZERS, Optimizer
 
@@ -281,8 +281,8 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("--rounds", type=_positive, default=3, help="turns of each contestant (default: %(default)s)")
     parser.add_argument("--steps", type=_positive, default=30, help="steps on the clock in a turn (default: %(default)s)")
     parser.add_argument("--threads", type=_positive, default=2, help="of each contestant (default: %(default)s)")
-    peers = ",".join(PEERS)
-    parser.add_argument("--peers", type=_peers, default=PEERS, metavar="NAMES", help=f"-cl: channels last (default: {peers})")
+    peers = f"{','.join(PEERS)} (-cl: channels last); with {GRAPH}, as a CUDA graph on a GPU (default: all)"
+    parser.add_argument("--peers", type=_peers, metavar="NAMES", help=peers)
     _add_board(parser)
     parser.add_argument("--anyway", action="store_true", help="measure on a busy machine, too: the result says so")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the result as JSON")
@@ -381,8 +381,8 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _peers(text: str) -> tuple[str, ...]:
-    if unknown := [name for name in text.split(",") if name not in PEERS]:
-        raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}, wanted some of {','.join(PEERS)}")
+    if unknown := [name for name in text.split(",") if name not in GPU_PEERS]:
+        raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}, wanted some of {','.join(GPU_PEERS)}")
     return tuple(text.split(","))
 
 

@@ -25,11 +25,31 @@ if TYPE_CHECKING:
 
 OURS, BUILD = "tvmtrain", "build"
 PEERS = ("eager", "eager-cl", "compile", "compile-cl")
+GRAPH = "-graph"
+GPU_PEERS = (*PEERS, *(name + GRAPH for name in PEERS))
 BATCH = "batch.npz"
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # what sets VmHWM to the present VmRSS (proc(5))
 
 Step = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes in use ``before`` the first step, and the ``peak`` since the last ``reset``."""
+
+    before: Callable[[], int]
+    reset: Callable[[], None]
+    peak: Callable[[], int]
+
+
+@dataclass(frozen=True)
+class Started:
+    """A step that is ready; ``wait`` returns when its device has done all that it was told."""
+
+    step: Step
+    memory: Memory
+    wait: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -56,7 +76,7 @@ class Built:
 
 @dataclass(frozen=True)
 class Ready:
-    """The losses of the first two steps, the seconds of the first, and the bytes by which it made the process larger."""
+    """The losses of the first two steps, the seconds of the first, and the bytes that it needed at most (``bench.Contestant``)."""
 
     losses: tuple[float, float]
     seconds: float
@@ -65,15 +85,16 @@ class Ready:
 
 @dataclass(frozen=True)
 class Turn:
-    """Take so many steps to get warm, and so many on the clock."""
+    """Take so many steps to get warm, for so many ``seconds`` at least, and so many on the clock."""
 
     warmup: int
     steps: int
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Taken:
-    """Milliseconds of each step, and the bytes by which the process was at most larger than before its first step."""
+    """Milliseconds of each step, and the bytes that they needed at most (``bench.Contestant``)."""
 
     ms: tuple[float, ...]
     peak: int
@@ -101,27 +122,29 @@ def _follow(orders: BinaryIO, answers: BinaryIO) -> None:
     if order.name == BUILD:
         _send(answers, build(order))
         return
-    step = _start(order)
-    before = _settled()
+    started = _start(order)
+    before = started.memory.before()
     start = time.perf_counter()
-    first = step()
+    first = started.step()
+    started.wait()
     seconds = time.perf_counter() - start
-    _send(answers, Ready((first, step()), seconds, _bytes("VmHWM") - before))
+    _send(answers, Ready((first, started.step()), seconds, started.memory.peak() - before))
     while True:
         try:
             turn: Turn = pickle.load(orders)
         except EOFError:
             return
-        _send(answers, _taken(step, turn, before))
+        _send(answers, _taken(started, turn, before))
 
 
-def _start(order: Order) -> Step:
+def _start(order: Order) -> Started:
     if order.name == OURS:
         return _compiled(order)
-    from tvmtrain import peers
+    from tvmtrain import gpu_peers, peers, targets
 
     assert order.job is not None, "a peer needs a model"
-    return peers.start(order.name, order.job, order.trained, order.threads)
+    side = peers if targets.load(order.job.device).gpu is None else gpu_peers
+    return side.start(order.name, order.job, order.trained, order.threads)
 
 
 def build(order: Order) -> Built:
@@ -139,29 +162,40 @@ def build(order: Order) -> Built:
     return Built(artifact.manifest.trained, seconds)
 
 
-def _compiled(order: Order) -> Step:
-    from tvmtrain import runtime
+def _compiled(order: Order) -> Started:
+    from tvmtrain import artifact, runtime
 
     step = runtime.load(order.folder, order.threads)
     stored = np.load(Path(order.folder) / BATCH)
     x, y = (tuple(stored[name] for name in sorted(stored, key=_number) if name[0] == role) for role in "xy")
-    return lambda: step(x, y)
+    memory = PROCESS
+    if artifact.on_gpu(step.manifest):
+        memory = _constant(artifact.memory_needed(step.manifest) + sum(array.nbytes for array in (*x, *y)))
+    return Started(lambda: step(x, y), memory, runtime.device(step.manifest).sync)
 
 
 def _number(name: str) -> int:
     return int(name[1:])
 
 
-def _taken(step: Step, turn: Turn, before: int) -> Taken:
-    for _ in range(turn.warmup):
-        step()
-    _reset_peak()
+def _taken(started: Started, turn: Turn, before: int) -> Taken:
+    _warm(started, turn)
+    started.memory.reset()
     ends = [time.perf_counter()]
     for _ in range(turn.steps):
-        step()
+        started.step()
+        started.wait()
         ends.append(time.perf_counter())
     ms = tuple(1e3 * (end - start) for start, end in itertools.pairwise(ends))
-    return Taken(ms, _bytes("VmHWM") - before)
+    return Taken(ms, started.memory.peak() - before)
+
+
+def _warm(started: Started, turn: Turn) -> None:
+    until, taken = time.perf_counter() + turn.seconds, 0
+    while taken < turn.warmup or time.perf_counter() < until:
+        started.step()
+        taken += 1
+    started.wait()
 
 
 # Memory.
@@ -181,6 +215,14 @@ def _reset_peak() -> None:
 def _bytes(figure: str) -> int:
     found = re.search(rf"^{figure}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
     return int(found[1]) * 1024 if found else 0
+
+
+PROCESS = Memory(_settled, _reset_peak, lambda: _bytes("VmHWM"))
+
+
+def _constant(size: int) -> Memory:
+    """What always needs ``size`` bytes."""
+    return Memory(lambda: 0, lambda: None, lambda: size)
 
 
 # Answers.

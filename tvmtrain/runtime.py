@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tvmtrain import artifact, gpu_code, selection
+from tvmtrain import artifact, batches, gpu_code, losses, selection
 from tvmtrain.artifact import MODEL_ROLES, STATE_ROLES, Entry, LossSpec, Manifest, Selection, TensorSpec
 from tvmtrain.errors import (
     ArtifactError,
@@ -75,19 +75,6 @@ CGROUP = "/sys/fs/cgroup"
 _loaded: dict[Path, tuple[int, int]] = {}
 
 Tensors = dict[str, Any]
-
-
-class Evaluation(float):
-    """The mean loss over all samples, with ``accuracy`` (of cross-entropy on class numbers, else None) and sample ``count``."""
-
-    accuracy: float | None
-    count: int
-
-    def __new__(cls, loss: float, accuracy: float | None = None, count: int = 0) -> Evaluation:
-        self = super().__new__(cls, loss)
-        self.accuracy = accuracy
-        self.count = count
-        return self
 
 
 def load(path: str | os.PathLike[str], threads: int | None = None, cores: Sequence[int] | None = None) -> TrainStep:
@@ -257,10 +244,10 @@ class TrainStep:
         arrays = self._samples(entry, x)
         specs = [spec for spec in entry.outputs if spec.role == "output"]
         parts = [self._predict(piece, size) for piece, size in self._pieces(arrays)]
-        outputs = tuple(_join([part[spec.key] for part in parts], spec, self.manifest.batch) for spec in specs)
+        outputs = tuple(batches.join([part[spec.key] for part in parts], spec, self.manifest.batch) for spec in specs)
         return outputs[0] if len(outputs) == 1 else outputs
 
-    def evaluate(self, x: Any, y: Any) -> Evaluation:
+    def evaluate(self, x: Any, y: Any) -> losses.Evaluation:
         """The mean loss over all N >= 1 samples in evaluation mode, exact for any N, as a float with accuracy and count.
 
         A loss of the user's own is compiled for whole batches: then N has to be a multiple of the batch (else ``InputError``),
@@ -275,9 +262,9 @@ class TrainStep:
                 f"evaluate a multiple of {self.manifest.batch} samples, or compute the loss from predict(x)"
             )
         tally = self._custom_loss if custom else self._built_in_loss
-        total = sum((tally(piece, size) for piece, size in self._pieces(arrays)), Tally())
+        total = sum((tally(piece, size) for piece, size in self._pieces(arrays)), losses.Tally())
         loss = total.loss / total.weight if total.weight else math.nan
-        return Evaluation(loss, total.right / total.labels if total.labels else None, count)
+        return losses.Evaluation(loss, total.right / total.labels if total.labels else None, count)
 
     def gradients(self, x: Any, y: Any, channels: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
         """The gradient of every trained parameter on one batch; the state is left alone. Only in steps built for verifying.
@@ -407,7 +394,7 @@ class TrainStep:
         arrays = self._read(entry, x, "input") | self._read(entry, y, "target")
         for spec, array in arrays.values():
             if array.shape != spec.shape:
-                raise InputError(_wrong_batch(spec, array.shape, self.manifest.batch))
+                raise InputError(batches.wrong_shape(spec, array.shape, self.manifest.batch))
             self._check_values(spec, array)
         return {key: self._tensor(array) for key, (_, array) in arrays.items()}
 
@@ -415,7 +402,7 @@ class TrainStep:
         """The arrays of any number of samples, checked."""
         arrays = self._read(entry, value, role)
         for spec, array in arrays.values():
-            free = _rows(spec, self.manifest.batch) > 0
+            free = batches.rows_per_sample(spec, self.manifest.batch) > 0
             if array.shape != spec.shape and not (free and array.ndim == len(spec.shape) and array.shape[1:] == spec.shape[1:]):
                 wanted = ("N", *spec.shape[1:]) if free else spec.shape
                 raise InputError(f"{spec.role} {spec.name!r} has shape {array.shape}; want ({', '.join(map(str, wanted))})")
@@ -438,7 +425,7 @@ class TrainStep:
         """The number of samples, on which all arrays have to agree."""
         counts = {}
         for spec, array in arrays.values():
-            if rows := _rows(spec, self.manifest.batch):
+            if rows := batches.rows_per_sample(spec, self.manifest.batch):
                 counts[f"{spec.role} {spec.name!r}"] = array.shape[0] / rows
         if not counts:
             return self.manifest.batch
@@ -454,25 +441,29 @@ class TrainStep:
         batch, count = self.manifest.batch, self._count(arrays)
         for start in range(0, count, batch):
             size = min(batch, count - start)
-            yield {key: _piece(spec, array, start, size, batch) for key, (spec, array) in arrays.items()}, size
+            yield {key: batches.piece(spec, array, start, size, batch) for key, (spec, array) in arrays.items()}, size
 
     def _predict(self, piece: Mapping[Any, np.ndarray], size: int) -> dict[tuple[str, str], np.ndarray]:
         """The outputs of one compiled batch, without the samples that only filled it up."""
         entry = self.manifest.named["predict"]
         inputs = {key: self._tensor(array) for key, array in piece.items() if key[0] == "input"}
-        return {spec.key: _trim(value.numpy(), spec, size, self.manifest.batch) for spec, value in self._run(entry, inputs)}
+        return {
+            spec.key: batches.trim(value.numpy(), spec, size, self.manifest.batch) for spec, value in self._run(entry, inputs)
+        }
 
-    def _built_in_loss(self, piece: Mapping[Any, np.ndarray], size: int) -> Tally:
+    def _built_in_loss(self, piece: Mapping[Any, np.ndarray], size: int) -> losses.Tally:
         entry = self.manifest.named["loss"]
         output = next(spec for spec in entry.inputs if spec.role == "output")
         target = next(spec for spec in entry.inputs if spec.role == "target")
         prediction = self._predict(piece, size)[output.key]
-        return measure(self.manifest.loss, prediction, _trim(piece[target.key], target, size, self.manifest.batch))
+        return losses.measure(
+            self.manifest.loss, prediction, batches.trim(piece[target.key], target, size, self.manifest.batch)
+        )
 
-    def _custom_loss(self, piece: Mapping[Any, np.ndarray], size: int) -> Tally:
+    def _custom_loss(self, piece: Mapping[Any, np.ndarray], size: int) -> losses.Tally:
         given = self._predict(piece, size) | {key: array for key, array in piece.items() if key[0] == "target"}
         results = self._run(self.manifest.named["loss"], {key: self._tensor(array) for key, array in given.items()})
-        return Tally(loss=sum(float(value.numpy()) for spec, value in results if spec.role == "loss"), weight=1)
+        return losses.Tally(loss=sum(float(value.numpy()) for spec, value in results if spec.role == "loss"), weight=1)
 
     def _model_names(self) -> list[str]:
         return [name for name, spec in self.manifest.state.items() if spec.role in MODEL_ROLES]
@@ -780,15 +771,6 @@ def _rate(lr: float, spec: TensorSpec) -> np.ndarray:
     return rounded
 
 
-def _wrong_batch(spec: TensorSpec, got: tuple[int, ...], batch: int) -> str:
-    message = f"{spec.role} {spec.name!r} has shape {got}; want {spec.shape}"
-    if _rows(spec, batch) and got[1:] == spec.shape[1:] and len(got) == len(spec.shape):
-        message += (
-            f": training needs batches of exactly {batch} samples, the compiled size; predict and evaluate take any number"
-        )
-    return message
-
-
 def _weights(value: Any, spec: TensorSpec, name: str) -> np.ndarray:
     array = _cast(_numpy(value, spec), spec)
     if array.shape != spec.shape:
@@ -804,80 +786,3 @@ def _near(name: str, known: Sequence[str]) -> str:
 def _listed(what: str, names: Sequence[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return f"{what}: {', '.join(names[:5]) or 'none'}{more}"
-
-
-# Batches. A tensor has a fixed number of rows per sample: 1, or more where samples were flattened, as [N * length, classes].
-
-
-def _rows(spec: TensorSpec, batch: int) -> int:
-    """Rows of axis 0 per sample; 0 for a tensor that all samples share."""
-    if not spec.shape or spec.shape[0] % batch or (spec.role == "input" and spec.shape[0] != batch):
-        return 0
-    return spec.shape[0] // batch
-
-
-def _piece(spec: TensorSpec, array: np.ndarray, start: int, size: int, batch: int) -> np.ndarray:
-    rows = _rows(spec, batch)
-    if not rows:
-        return array
-    part = array[start * rows : (start + size) * rows]
-    filling = np.tile(part[-rows:], (batch - size, *(1,) * (array.ndim - 1)))
-    return np.concatenate([part, filling]) if size < batch else part
-
-
-def _trim(array: np.ndarray, spec: TensorSpec, size: int, batch: int) -> np.ndarray:
-    rows = _rows(spec, batch)
-    if not rows and size < batch:
-        raise InputError(
-            f"{spec.role} {spec.name!r} of shape {spec.shape} is one for a whole batch; give multiples of {batch} samples"
-        )
-    return array[: size * rows] if rows else array
-
-
-def _join(parts: Sequence[np.ndarray], spec: TensorSpec, batch: int) -> np.ndarray:
-    if not _rows(spec, batch) and len(parts) > 1:
-        raise InputError(
-            f"{spec.role} {spec.name!r} of shape {spec.shape} is one for a whole batch; give exactly {batch} samples"
-        )
-    return np.concatenate(parts) if len(parts) > 1 else parts[0]
-
-
-# Losses of whole data sets: sums over batches of any size, so that the mean is the one over all samples.
-
-
-@dataclass(frozen=True)
-class Tally:
-    """What adds up over batches: the sum of the loss and how many terms it has, right answers and labels that count."""
-
-    loss: float = 0.0
-    weight: float = 0.0
-    right: int = 0
-    labels: int = 0
-
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(self.loss + other.loss, self.weight + other.weight, self.right + other.right, self.labels + other.labels)
-
-
-def measure(loss: LossSpec, output: np.ndarray, target: np.ndarray) -> Tally:
-    """The built-in ``loss`` of some samples, in float64, as PyTorch defines it."""
-    values = output.astype(np.float64)
-    if loss.name == "mse":
-        terms = np.square(values - target)
-        return Tally(float(terms.sum()), terms.size)
-    if loss.name == "bce_with_logits":
-        terms = np.maximum(values, 0) - values * target + np.log1p(np.exp(-np.abs(values)))
-        return Tally(float(terms.sum()), terms.size)
-    return _cross_entropy(values, target, loss.ignore_index)
-
-
-def _cross_entropy(logits: np.ndarray, target: np.ndarray, ignore: int | None) -> Tally:
-    """``logits`` [N, C, ...]; ``target`` class numbers [N, ...] or probabilities [N, C, ...]."""
-    log_shares = logits - logits.max(axis=1, keepdims=True)
-    log_shares -= np.log(np.exp(log_shares).sum(axis=1, keepdims=True))
-    if target.dtype.kind == "f":
-        return Tally(float(-(log_shares * target).sum()), target.size / target.shape[1])
-    counts = np.ones(target.shape, bool) if ignore is None else target != ignore
-    chosen = np.take_along_axis(log_shares, np.where(counts, target, 0)[:, None], axis=1)[:, 0]
-    right = (logits.argmax(axis=1) == target) & counts
-    labels = int(counts.sum())
-    return Tally(float(-chosen[counts].sum()), labels, int(right.sum()), labels)
