@@ -23,6 +23,7 @@ from torch import nn
 
 import tvmtrain as tt
 from tvmtrain import data, elf, native, toolchain
+from tvmtrain.artifact import Artifact
 from tvmtrain.training import Rate, order
 
 pytestmark = pytest.mark.skipif(
@@ -109,6 +110,19 @@ def test_losses_state_and_predictions_are_those_of_python(
         np.testing.assert_array_equal(there.predict(x, wanted.shape), wanted)
     for name, value in here.state_dict().items():
         np.testing.assert_array_equal(there.read(name, value.shape, str(value.dtype)), value)
+
+
+def test_a_step_starts_with_the_state_of_python_zeros_or_not(library: Path, tmp_path: Path) -> None:
+    state = toy.state()
+    state["optimizer:momentum:fc.bias"][1] = 0.5
+    folder = Artifact(toy.manifest(), state, toy.executable("cross_entropy")).save(tmp_path / "out")
+    assert {"optimizer:momentum:fc.bias"} == {
+        n for n in load_file(folder / "parameters.safetensors") if n.startswith("optimizer")
+    }
+    NativeStep(library, folder).save(tmp_path / "there")
+    tt.load(folder).save(tmp_path / "here")
+    _same_state(tmp_path / "there", tmp_path / "here")
+    assert load_file(tmp_path / "here")["optimizer:momentum:fc.bias"].tolist() == [0, 0.5, 0]
 
 
 def test_checkpoints_go_both_ways(network: Path, library: Path, tmp_path: Path) -> None:
@@ -206,7 +220,7 @@ def _rewritten(folder: Path, change) -> None:
     [
         (lambda m: m["device"].update(arch="riscv64"), "compiled for riscv64"),
         (lambda m: m.update(features=["sve", "teleport"]), "whose processor has"),
-        (lambda m: m.update(format=2), "format 2, and this tvmtrain reads format 4"),
+        (lambda m: m.update(format=2), "format 2, and this tvmtrain reads format 5"),
         (lambda m: m["device"].update(name="späße\x7f\U0001f600", arch="riscv64"), "späße\x7f\U0001f600"),
     ],
 )

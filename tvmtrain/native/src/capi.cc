@@ -5,6 +5,7 @@
 #include <exception>
 #include <memory>
 #include <new>
+#include <stdexcept>
 #include <string>
 
 #include "error.h"
@@ -39,6 +40,8 @@ tvmtrain_status guarded(Body body) {
   } catch (const Error& error) {
     return failed(error.status, error.what());
   } catch (const std::bad_alloc&) {
+    return failed(TVMTRAIN_DEVICE_ERROR, "there is not enough memory");
+  } catch (const std::length_error&) {  // more than any memory has
     return failed(TVMTRAIN_DEVICE_ERROR, "there is not enough memory");
   } catch (const std::exception& error) {
     return failed(TVMTRAIN_INTERNAL_ERROR, error.what());

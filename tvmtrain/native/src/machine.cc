@@ -201,7 +201,9 @@ int64_t needed_memory(const Manifest& manifest, int threads, const Use& use) {
   const double entry = std::max(bytes("train_step"), use.predicts ? bytes("predict") : 0.0);
   const double running = state + bytes("prepare") + entry + (use.saves ? state : 0);
   const double resuming = use.resumes ? 3 * state + 2 * bytes("prepare") : 0;
-  const double total = kProgramBytes + static_cast<double>(manifest.files.at("lib.so").size) + std::max({running, resuming, 2 * state + bytes("prepare")});
+  const auto stored = [&](const char* name) { return static_cast<double>(manifest.files.at(name).size); };
+  const double loading = state + stored("parameters.safetensors") + bytes("prepare");
+  const double total = kProgramBytes + stored("lib.so") + std::max({running, resuming, loading});
   return static_cast<int64_t>(std::min(total, 9e18));
 }
 

@@ -1,7 +1,7 @@
 // Feeds files to the readers, in a build with sanitizers, and shows what they make of them: tvmtrain-probe FILE...
 //
 // The first letter of a file says what reads the rest: J JSON, M a manifest (its digest is not asked for, which would stop every
-// changed one), T tensors, C a checkpoint and D data of the manifest that was read before. An error is the right answer to a wrong
+// changed one), T tensors, P the parameters, C a checkpoint and D data of the manifest that was read before. An error is the right answer to a wrong
 // file, and every value of a right one is read. S prints the channels of a selection, W those of the largest weights, H a sha256, O an
 // order of samples, A a manifest as Python writes it, each on a line. The last line says how many were accepted; a crash is a crash.
 #include <cstdio>
@@ -127,6 +127,7 @@ void read_one(char kind, std::string_view text) {
   if (kind == 'J') read_json(text);
   if (kind == 'M') read_manifest(text);
   if (kind == 'T') touch(tt::parse_tensors(text));
+  if (kind == 'P' && known) touch(tt::read_parameters(text, *known));
   if (kind == 'C' && known) touch(tt::read_checkpoint(text, known->state, "checkpoint", &steps));
   if (kind == 'D') read_data(text);
   if (kind == 'S') print_selection(tt::parse_json(text));

@@ -193,6 +193,10 @@ VmStep::VmStep(const std::string& folder, int threads) : manifest_(read_manifest
   selection_ = initial_selection(parameters);
   Tensors state;
   for (const auto& [name, view] : parameters.tensors) state[name] = tensor(view.shape, *view.dtype, view.bytes);
+  for (const std::string& name : manifest_.zeros) {
+    const TensorSpec& spec = manifest_.state.at(name);
+    state[name] = tensor(spec.shape, *spec.dtype, std::string(spec.bytes(), '\0'));
+  }
   tensors_ = prepared(std::move(state));
 }
 
