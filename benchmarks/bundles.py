@@ -3,7 +3,8 @@
     python benchmarks/bundles.py [--device raspberry-pi-4b]
 
 10 classes, 4 images of 64x64, SGD with momentum. Weights are random, which packs as badly as trained ones. What is printed is the
-table of targets/README.md. About a minute a row; TVM's libraries for the device come from PyPI the first time.
+table of targets/README.md, and the size of TVM's libraries in the last row's. About a minute a row; TVM's libraries for the device
+come from PyPI the first time.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ def main() -> None:
         bundle, packed, parameters = bundled(graph, device)
         sizes = (bundle.packed, bundle.unpacked, parameters, bundle.packed - packed, bundle.unpacked - parameters)
         print(line((network, plan, *(f"{size / MB:.1f}" for size in sizes))), flush=True)
+    libraries = sum(size for name, size in bundle.files.items() if Path(name).name.startswith("libtvm_"))
+    print(f"TVM's libraries, unpacked: {libraries / MB:.1f} MB")
 
 
 def line(cells: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ import toy
 from builds import probe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from machines import MACHINES
 from safetensors import numpy as tensor_file
 
 from tvmtrain import artifact, features, native, selection
@@ -134,6 +135,12 @@ def test_json_is_written_as_python_writes_it(values: list[Any]) -> None:
     """The digest of a manifest depends on it."""
     spaced = [b"A" + json.dumps(value, indent=2, ensure_ascii=False).encode() for value in values]
     assert read(spaced)[:-1] == [json.dumps(value, sort_keys=True) for value in values]
+
+
+def test_memory_is_that_of_the_machine_or_of_its_container(tmp_path: Path) -> None:
+    roots = [case.write(tmp_path / case.name) for case in MACHINES]
+    lines = read(b"R" + str(root).encode() for root in roots)
+    assert lines[:-1] == [f"{case.total} {case.available}" for case in MACHINES]
 
 
 def test_features_of_processors_are_those_of_python() -> None:

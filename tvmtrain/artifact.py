@@ -466,7 +466,7 @@ def _link(executable: Executable) -> bytes:
 # Reading.
 
 
-def _manifest_bytes(manifest: Manifest, files: Mapping[str, bytes], zeros: Sequence[str] = ()) -> bytes:
+def _manifest_bytes(manifest: Manifest, files: Mapping[str, bytes], zeros: Sequence[str]) -> bytes:
     listed = {name: {"size": len(data), "sha256": _sha256(data)} for name, data in files.items()}
     # Through JSON once, so that the digest is that of what a reader will see (tuples become lists, keys strings).
     content = json.loads(json.dumps({"format": FORMAT, "files": listed, "zeros": zeros, **manifest.to_dict()}))

@@ -10,6 +10,7 @@
 
 #include "error.h"
 #include "machine.h"
+#include "memory.h"
 #include "step.h"
 #include "stored.h"
 
@@ -141,7 +142,7 @@ tvmtrain_status tvmtrain_memory(const char* folder, int threads, int64_t* needed
   return guarded([&] {
     const tt::Manifest manifest = tt::read_manifest(need(folder, "folder"));
     *need(needed, "needed") = tt::needed_memory(manifest, threads > 0 ? threads : tt::default_threads());
-    *need(available, "available") = tt::available_memory();
+    *need(available, "available") = tt::memory().available;
     return TVMTRAIN_OK;
   });
 }

@@ -108,16 +108,6 @@ int physical_cores() {
   return static_cast<int>(cores.size());
 }
 
-// The number after ``name`` in a file of lines "NAME NUMBER ..."; 0 where there is none.
-int64_t told(const std::string& path, const std::string& name) {
-  std::ifstream file(path);
-  int64_t number;
-  for (std::string found, rest; file >> found >> number; std::getline(file, rest)) {
-    if (found == name) return number;
-  }
-  return 0;
-}
-
 bool whole(std::string_view text, int* number) {
   const auto [stop, error] = std::from_chars(text.data(), text.data() + text.size(), *number);
   return error == std::errc() && stop == text.data() + text.size() && *number >= 0;
@@ -177,17 +167,6 @@ void use_processors(const std::string& list) {
   }
 }
 
-int64_t available_memory() {
-  const int64_t total = told("/proc/meminfo", "MemTotal:") * 1024, available = told("/proc/meminfo", "MemAvailable:") * 1024;
-  // Python's runtime.memory counts the same way: pages of files that nobody has used for a while are given up.
-  const std::string group = "/sys/fs/cgroup/memory.";
-  int64_t limit = 0, used = 0;
-  if (!(std::ifstream(group + "max") >> limit) || limit <= 0 || (total && limit >= total)) return available;
-  std::ifstream(group + "current") >> used;
-  const int64_t room = std::max<int64_t>(1, limit - std::max<int64_t>(0, used - told(group + "stat", "inactive_file")));
-  return available ? std::min(available, room) : room;
-}
-
 int64_t needed_memory(const Manifest& manifest, int threads, const Use& use) {
   // In floating point: no manifest, however wrong, overflows it.
   double state = 0;
@@ -201,9 +180,7 @@ int64_t needed_memory(const Manifest& manifest, int threads, const Use& use) {
   const double entry = std::max(bytes("train_step"), use.predicts ? bytes("predict") : 0.0);
   const double running = state + bytes("prepare") + entry + (use.saves ? state : 0);
   const double resuming = use.resumes ? 3 * state + 2 * bytes("prepare") : 0;
-  const auto stored = [&](const char* name) { return static_cast<double>(manifest.files.at(name).size); };
-  const double loading = state + stored("parameters.safetensors") + bytes("prepare");
-  const double total = kProgramBytes + stored("lib.so") + std::max({running, resuming, loading});
+  const double total = kProgramBytes + static_cast<double>(manifest.files.at("lib.so").size) + std::max({running, resuming, 2 * state + bytes("prepare")});
   return static_cast<int64_t>(std::min(total, 9e18));
 }
 
