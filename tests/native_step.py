@@ -53,6 +53,12 @@ class NativeStep:
         if status != OK:
             raise NativeError(status, self.api.tvmtrain_last_error().decode())
 
+    def memory(self, folder: Path, threads: int) -> tuple[int, int]:
+        """Bytes that training takes, and that there are."""
+        needed, available = ctypes.c_int64(), ctypes.c_int64()
+        self.check(self.api.tvmtrain_memory(str(folder).encode(), threads, ctypes.byref(needed), ctypes.byref(available)))
+        return needed.value, available.value
+
     def __call__(self, x, y, lr: float = -1.0) -> float:
         loss = ctypes.c_double()
         inputs, targets = arrays(x), arrays(y)

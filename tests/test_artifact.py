@@ -17,6 +17,7 @@ import pytest
 import toy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 from tvmtrain import artifact
 from tvmtrain.artifact import Artifact, Manifest, TensorSpec
@@ -71,6 +72,14 @@ def edit(folder: Path, change, *, sign: bool = True) -> None:
     path.write_text(json.dumps(content))
 
 
+def reshape(content, name: str, shape: list[int]) -> None:
+    """Another shape of a tensor wherever it is told."""
+    for entry in content["entries"]:
+        for spec in (*entry["inputs"], *entry["outputs"]):
+            if spec["name"] == name:
+                spec["shape"] = shape
+
+
 def step_memory(content) -> dict:
     return content["memory"]["entries"]["train_step"]
 
@@ -84,6 +93,41 @@ def test_everything_comes_back(folder):
     assert_holds(folder, 0)
     assert sorted(os.listdir(folder)) == ["lib.so", "manifest.json", "parameters.safetensors", "plan.toml"]
     assert (folder / "plan.toml").read_text() == toy.manifest().plan
+
+
+def zeros_of(folder: Path) -> set[str]:
+    return set(json.loads((folder / artifact.MANIFEST).read_text())["zeros"])
+
+
+def test_state_that_starts_as_zeros_is_named_and_not_stored(folder):
+    """But for that of the model: whoever opens the file finds all weights and buffers, zeros or not."""
+    model = {spec.name for spec in (toy.WEIGHT, toy.BIAS, toy.SEEN, toy.UNREAD)}
+    assert not toy.state()["fc.seen"].any()
+    assert set(load_file(folder / artifact.PARAMETERS)) == model
+    assert zeros_of(folder) == set(toy.state()) - model
+    assert_holds(folder, 0)
+
+
+@pytest.mark.parametrize("value", [1.0, -0.0, np.nan])
+def test_state_that_is_not_all_zeros_is_stored(tmp_path, value):
+    weight, bias = (spec.name for spec in toy.VELOCITY)
+    state = toy.state()
+    state[weight][0, 0] = value
+    folder = Artifact(toy.manifest(), state, Code()).save(tmp_path / "out")
+    assert weight in load_file(folder / artifact.PARAMETERS)
+    assert zeros_of(folder) == {bias, "random:state"}
+    found = artifact.read(folder).state
+    assert found.keys() == state.keys()
+    assert all(found[name].tobytes() == state[name].tobytes() for name in state)
+
+
+def test_what_is_said_to_be_zeros_must_not_be_stored_too(folder):
+    data = artifact._tensor_bytes(toy.state())
+    (folder / artifact.PARAMETERS).write_bytes(data)
+    listed = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    edit(folder, lambda content: content["files"].update({artifact.PARAMETERS: listed}))
+    with pytest.raises(ArtifactError, match=r"random:state is unexpected"):
+        artifact.read(folder)
 
 
 def test_scalars_empty_tensors_and_views_come_back(tmp_path):
@@ -161,6 +205,16 @@ def test_a_manifest_from_before_features_had_their_place_is_refused_with_its_ver
         artifact.read(folder)
 
 
+def test_a_manifest_from_before_zeros_were_left_out_is_refused_with_its_version(folder):
+    def change(content):
+        content["format"] = 4
+        del content["zeros"]
+
+    edit(folder, change)
+    with pytest.raises(ArtifactError, match=r"format 4, written by tvmtrain 0\.1\.0, .* build the artifact again"):
+        artifact.read(folder)
+
+
 @pytest.mark.parametrize("place", ["nowhere", "file", "empty"])
 def test_what_is_no_artifact_is_refused(tmp_path, place):
     (tmp_path / "file").write_text("x")
@@ -171,12 +225,12 @@ def test_what_is_no_artifact_is_refused(tmp_path, place):
 
 def test_a_manifest_of_the_future_is_refused_with_its_version(folder):
     def change(content):
-        content["format"] = 5
+        content["format"] = artifact.FORMAT + 1
         content["versions"] = {"tvmtrain": "9.1"}
         content["new"] = []
 
     edit(folder, change, sign=False)
-    with pytest.raises(ArtifactError, match=r"format 5, written by tvmtrain 9\.1, and this tvmtrain reads format 4"):
+    with pytest.raises(ArtifactError, match=r"format 6, written by tvmtrain 9\.1, and this tvmtrain reads format 5"):
         artifact.read(folder)
 
 
@@ -222,6 +276,14 @@ def test_another_processor_is_refused_but_can_be_looked_at(tmp_path):
         (lambda c: c["unread"].pop(), "fc.scale is unexpected"),
         (lambda c: c["unread"].append({"role": "buffer", "name": "b", "shape": [1], "dtype": "int8"}), "b is missing"),
         (lambda c: c["unread"][0].update(shape=[3]), r"fc.scale is float32\[2\], want float32\[3\]"),
+        (lambda c: c.pop("zeros"), "lacks 'zeros'"),
+        (lambda c: c.update(zeros={}), "'zeros' is dict; want list"),
+        (lambda c: c["zeros"].append(3), "want str only"),
+        (lambda c: c["zeros"].append("nothing"), "zeros: nothing: want state of the optimizer"),
+        (lambda c: c["zeros"].append("fc.bias"), "zeros: fc.bias: want state of the optimizer"),
+        (lambda c: c["zeros"].append("random:state"), "want each once"),
+        (lambda c: c["zeros"].remove("random:state"), "random:state is missing"),
+        (lambda c: reshape(c, "random:state", [2**70]), "which no array can be"),
         (lambda c: c.pop("memory"), "lacks 'memory'"),
         (lambda c: c.update(memory={"train_step arena": 0}), "memory lacks 'entries'"),
         (lambda c: c["memory"]["entries"].pop("predict"), "memory is that of train_step, loss, gradients; entries are"),
@@ -340,12 +402,17 @@ def test_a_deeply_nested_manifest_is_refused(folder):
 
 def fresh_manifest() -> bytes:
     made = fake()
-    files = {artifact.LIBRARY: made.executable.content, artifact.PARAMETERS: fresh_weights(), artifact.PLAN: b""}
-    return artifact._manifest_bytes(made.manifest, files | {artifact.PLAN: made.manifest.plan.encode()})
+    plan = made.manifest.plan.encode()
+    files = {artifact.LIBRARY: made.executable.content, artifact.PARAMETERS: fresh_weights(), artifact.PLAN: plan}
+    return artifact._manifest_bytes(made.manifest, files, fresh_zeros())
+
+
+def fresh_zeros() -> list[str]:
+    return artifact._zero_names(toy.manifest(), toy.state())
 
 
 def fresh_weights() -> bytes:
-    return artifact._tensor_bytes(toy.state())
+    return artifact._tensor_bytes({name: value for name, value in toy.state().items() if name not in fresh_zeros()})
 
 
 def refused_or(folder: Path, check) -> None:

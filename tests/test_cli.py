@@ -493,7 +493,8 @@ def test_inspect_an_artifact_of_another_machine(at, capsys, tmp_path):
         json.loads(json.dumps(foreign.to_dict())) | {"device": {"name": "board", "arch": "riscv64"}}
     )
     files = {name: (tmp_path / "out" / name).read_bytes() for name in (artifact.LIBRARY, artifact.PARAMETERS)}
-    (tmp_path / "out" / artifact.MANIFEST).write_bytes(artifact._manifest_bytes(described, files))
+    zeros = json.loads((tmp_path / "out" / artifact.MANIFEST).read_text())["zeros"]
+    (tmp_path / "out" / artifact.MANIFEST).write_bytes(artifact._manifest_bytes(described, files, zeros))
     code, result, messages = outcome(capsys, "inspect", tmp_path / "out")
     assert (code, result["runs_here"]) == (0, False)
     assert "not this machine" in messages

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,8 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 import tvmtrain as tt
-from tvmtrain import data, elf, native, toolchain
+from tvmtrain import data, elf, native, runtime, toolchain
+from tvmtrain.artifact import Artifact
 from tvmtrain.training import Rate, order
 
 pytestmark = pytest.mark.skipif(
@@ -111,6 +113,19 @@ def test_losses_state_and_predictions_are_those_of_python(
         np.testing.assert_array_equal(there.read(name, value.shape, str(value.dtype)), value)
 
 
+def test_a_step_starts_with_the_state_of_python_zeros_or_not(library: Path, tmp_path: Path) -> None:
+    state = toy.state()
+    state["optimizer:momentum:fc.bias"][1] = 0.5
+    folder = Artifact(toy.manifest(), state, toy.executable("cross_entropy")).save(tmp_path / "out")
+    assert {"optimizer:momentum:fc.bias"} == {
+        n for n in load_file(folder / "parameters.safetensors") if n.startswith("optimizer")
+    }
+    NativeStep(library, folder).save(tmp_path / "there")
+    tt.load(folder).save(tmp_path / "here")
+    _same_state(tmp_path / "there", tmp_path / "here")
+    assert load_file(tmp_path / "here")["optimizer:momentum:fc.bias"].tolist() == [0, 0.5, 0]
+
+
 def test_checkpoints_go_both_ways(network: Path, library: Path, tmp_path: Path) -> None:
     before, after = _batches(5, (3, SIZE, SIZE), 5), _batches(7, (3, SIZE, SIZE), 5, seed=1)
     straight = tt.load(network, threads=1)
@@ -123,6 +138,37 @@ def test_checkpoints_go_both_ways(network: Path, library: Path, tmp_path: Path) 
     resumed.restore(tmp_path / "native"), again.restore(tmp_path / "python")
     assert again.steps == resumed.steps == 5
     assert [again(x, y) for x, y in after] == [resumed(x, y) for x, y in after] == wanted[5:]
+
+
+class Scaled(nn.Module):
+    """A second input that all samples share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return self.fc(x * scale)
+
+
+def test_predictions_with_an_input_that_all_samples_share(host: Path, library: Path, tmp_path: Path) -> None:
+    x, y = torch.randn(BATCH, 6), torch.randint(0, 3, (BATCH,))
+    graph = tt.trace(Scaled(), (x, torch.ones(6)), y, loss="cross_entropy", optimizer=tt.SGD(lr=0.05))
+    folder = tt.build(graph).save(tmp_path / "out")
+    here, there = tt.load(folder, threads=1), NativeStep(library, folder)
+    scale, names = np.arange(6, dtype="float32"), [name for name, _, _ in there.specs("input")]
+    for samples in (1, BATCH, 2 * BATCH + 3):
+        x = np.random.default_rng(samples).standard_normal((samples, 6)).astype("float32")
+        wanted = here.predict((x, scale))
+        np.testing.assert_array_equal(there.predict((x, scale), wanted.shape), wanted)
+    error = _failure(there.predict, (x, scale[:5]), wanted.shape)
+    assert error.status == INPUT
+    assert "has shape [5]; want [6]" in str(error)
+
+    save_file(dict(zip((*names, "y"), (x, scale, np.zeros(len(x), "int64")), strict=True)), tmp_path / "data")
+    _run(host, folder, "--data", tmp_path / "data", "--threads", 1, "--predict", tmp_path / "predicted")
+    (output,) = load_file(tmp_path / "predicted").values()
+    np.testing.assert_array_equal(output, wanted)
 
 
 def test_what_a_step_takes_and_gives_is_told(network: Path, library: Path) -> None:
@@ -206,7 +252,7 @@ def _rewritten(folder: Path, change) -> None:
     [
         (lambda m: m["device"].update(arch="riscv64"), "compiled for riscv64"),
         (lambda m: m.update(features=["sve", "teleport"]), "whose processor has"),
-        (lambda m: m.update(format=2), "format 2, and this tvmtrain reads format 4"),
+        (lambda m: m.update(format=2), "format 2, and this tvmtrain reads format 5"),
         (lambda m: m["device"].update(name="späße\x7f\U0001f600", arch="riscv64"), "späße\x7f\U0001f600"),
     ],
 )
@@ -388,6 +434,48 @@ def test_wrong_options_are_told(dense: Path, host: Path, tmp_path: Path) -> None
     assert "cannot be read" in _run(host, dense, "--data", tmp_path / "none", status=1)[1]
 
 
+def _while_running(host: Path, folder: Path, copy: Path, *words: object) -> float:
+    """Bytes that the runner says it needs while it trains, by what it says of a step that needs far too much."""
+    shutil.copytree(folder, copy)
+    arena = json.loads((folder / "manifest.json").read_text())["memory"]["entries"]["train_step"]["arena"]
+    _rewritten(copy, lambda m: m["memory"]["entries"]["train_step"].update(arena=2**50, lower_bound=2**50))
+    _, error = _run(host, copy, *words, status=1)
+    found = re.search(r"training needs ([\d.]+) MiB of memory and this machine has [\d.]+ MiB available", error)
+    assert found, error
+    return float(found.group(1)) * 2**20 - 2**50 + arena
+
+
+def _peak_memory(host: Path, *words: object, lines: int) -> int:
+    """Bytes that a run has had at most when it has written so many lines."""
+    command = [str(host / "bin/tvmtrain-run"), *map(str, words), "--epochs", "100000", "--log", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert all(process.stdout.readline() for _ in range(lines))
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        process.kill()
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert found
+    return int(found.group(1)) * 1024
+
+
+def test_the_memory_that_is_asked_for_is_what_a_run_takes(host: Path, library: Path, tmp_path: Path) -> None:
+    """Not less, and little more, of 32 MB of parameters and momentum: to train, and to save too."""
+    model = nn.Sequential(nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 10))
+    x, y = torch.randn(BATCH, 2048), torch.randint(0, 10, (BATCH,))
+    graph = tt.trace(model, x, y, loss="cross_entropy", optimizer=tt.SGD(lr=0.01, momentum=0.9))
+    folder = tt.build(graph).save(tmp_path / "out")
+    save_file({"x": np.ones((8, 2048), "float32"), "y": np.zeros(8, "int64")}, tmp_path / "data")
+    words, saving = ("--data", tmp_path / "data", "--threads", 1), ("--checkpoint", tmp_path / "now", "--every", 1)
+    needed, available = NativeStep(library, folder).memory(folder, 1)
+    assert 0 < available <= runtime.memory().total
+    # Here loading takes more than running, and saving more than both.
+    assert _while_running(host, folder, tmp_path / "trains", *words) < needed
+    keeps = _while_running(host, folder, tmp_path / "saves", *words, *saving)
+    assert keeps > 1.1 * needed
+    for told, more in ((needed, ()), (keeps, saving)):
+        assert 0.7 * told < _peak_memory(host, folder, *words, *more, lines=3) < 1.02 * told
+
+
 def test_too_little_memory_is_told_before_anything_is_loaded(dense: Path, host: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(dense, tmp_path / "copy")
     _rewritten(folder, lambda m: m["memory"]["entries"]["train_step"].update(arena=2**50, lower_bound=2**50))
@@ -453,6 +541,31 @@ def test_killed_at_any_moment_it_goes_on(dense: Path, host: Path, tmp_path: Path
     if seen[-1] < 3000:
         subprocess.run([*words, "--steps", "3000"], check=True, stdout=subprocess.DEVNULL)
         _same_state(tmp_path / "now", tmp_path / "whole")
+
+
+def test_data_cut_off_while_a_run_reads_them_end_it_with_an_error(dense: Path, host: Path, tmp_path: Path) -> None:
+    _write_data(tmp_path / "data", (6,), 3, 40)
+    whole = (tmp_path / "data").read_bytes()
+    words = (dense, "--data", tmp_path / "data", "--threads", 1, "--checkpoint", tmp_path / "now", "--resume")
+    command = [str(host / "bin/tvmtrain-run"), *map(str, words), "--epochs", "100000000", "--every", "1"]
+    for size in (len(whole) - 1, 0):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        process.stdout.readline()
+        os.truncate(tmp_path / "data", size)
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 1
+        found = re.search(
+            rf"^error: {tmp_path}/data has become shorter since it was opened: byte (\d+) of its {len(whole)}", error
+        )
+        assert found, error
+        assert size <= int(found.group(1)) < len(whole)
+        (tmp_path / "data").write_bytes(whole)
+    # What it saved before that is sound: a run goes on from there.
+    step = tt.load(dense, threads=1)
+    step.restore(tmp_path / "now")
+    _run(host, *words, "--steps", step.steps + 10)
+    step.restore(tmp_path / "now")
 
 
 def test_an_interrupted_run_saves_and_says_so(dense: Path, host: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import toy
 from builds import probe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from machines import MACHINES
 from safetensors import numpy as tensor_file
 
 from tvmtrain import artifact, features, native, selection
@@ -136,6 +137,12 @@ def test_json_is_written_as_python_writes_it(values: list[Any]) -> None:
     assert read(spaced)[:-1] == [json.dumps(value, sort_keys=True) for value in values]
 
 
+def test_memory_is_that_of_the_machine_or_of_its_container(tmp_path: Path) -> None:
+    roots = [case.write(tmp_path / case.name) for case in MACHINES]
+    lines = read(b"R" + str(root).encode() for root in roots)
+    assert lines[:-1] == [f"{case.total} {case.available}" for case in MACHINES]
+
+
 def test_features_of_processors_are_those_of_python() -> None:
     source = (native.SOURCES / "src/machine.cc").read_text()
     for feature in features.AARCH64:
@@ -145,8 +152,10 @@ def test_features_of_processors_are_those_of_python() -> None:
 
 # Wrong files.
 
-GOOD_MANIFEST = json.loads(artifact._manifest_bytes(toy.manifest(), {artifact.LIBRARY: b"", artifact.PARAMETERS: b""}))
 GOOD_STATE = toy.state()
+ZEROS = artifact._zero_names(toy.manifest(), GOOD_STATE)
+STORED = {name: value for name, value in GOOD_STATE.items() if name not in ZEROS}
+GOOD_MANIFEST = json.loads(artifact._manifest_bytes(toy.manifest(), {artifact.LIBRARY: b"", artifact.PARAMETERS: b""}, ZEROS))
 GOOD_DATA = {"x": np.ones((9, toy.FEATURES), "float32"), "y": np.ones(9, "int64")}
 IMAGES = {"x": np.ones((9, toy.FEATURES), "uint8"), "y": np.ones(9, "int64")}
 
@@ -238,7 +247,7 @@ def _tensor_files() -> list[tuple[bytes, bytes]]:
         artifact.write_checkpoint(path, GOOD_STATE, 7, "0.1.0")
         checkpoint = path.read_bytes()
     same = tensor_file.save(IMAGES, {"mean": "[0.1]", "std": "[0.5]"})
-    kinds = [(b"T", tensor_file.save(GOOD_STATE)), (b"C", checkpoint)]
+    kinds = [(b"T", tensor_file.save(GOOD_STATE)), (b"P", tensor_file.save(STORED)), (b"C", checkpoint)]
     return [*kinds, *((b"D", data) for data in (tensor_file.save(GOOD_DATA), images, same))]
 
 
@@ -248,6 +257,23 @@ MANIFEST_FILE = _letter("M", GOOD_MANIFEST)
 def test_right_files_are_accepted() -> None:
     files = [MANIFEST_FILE, *(kind + data for kind, data in _tensor_files())]
     assert read(files)[-1] == f"{len(files)} of {len(files)} accepted"
+
+
+def _accepted(zeros: object, state: dict[str, np.ndarray]) -> list[bool]:
+    """Whether a manifest with these ``zeros`` is accepted, and then a file of parameters with ``state``."""
+    files = (_letter("M", GOOD_MANIFEST | {"zeros": zeros}), b"P" + tensor_file.save(state))
+    manifest, both = (int(read(files[:count])[-1].split()[0]) for count in (1, 2))
+    return [manifest == 1, both == 2]
+
+
+def test_what_is_not_stored_must_be_said_to_be_zeros() -> None:
+    assert ZEROS
+    assert _accepted(ZEROS, STORED) == [True, True]
+    assert _accepted([], GOOD_STATE) == [True, True]
+    for zeros, state in ((ZEROS, GOOD_STATE), ([], STORED), (ZEROS[1:], STORED)):
+        assert _accepted(zeros, state) == [True, False]
+    for zeros in ({}, [3], [*ZEROS, ZEROS[0]], [*ZEROS, "nothing"], [*ZEROS, "fc.bias"]):
+        assert _accepted(zeros, STORED) == [False, False]
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -274,7 +300,7 @@ def test_thousands_of_wrong_tensor_files(seed: int) -> None:
     assert 0 < int(read(files)[-1].split()[0]) < 1000
 
 
-@given(st.binary(max_size=300), st.lists(st.integers(0, 2**64 - 1), max_size=3), st.sampled_from("JMTCD"))
+@given(st.binary(max_size=300), st.lists(st.integers(0, 2**64 - 1), max_size=3), st.sampled_from("JMTPCD"))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_bytes_at_all(data: bytes, lengths: list[int], kind: str) -> None:
     heads = [len(data).to_bytes(8, "little"), *(length.to_bytes(8, "little") for length in lengths)]

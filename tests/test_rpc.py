@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import socket
+import struct
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import boards
@@ -23,6 +25,7 @@ from builds import once
 from parity import quick_device
 from safetensors.numpy import load_file
 from torch import nn
+from tvm.rpc import base as rpc_base
 from tvm.s_tir import meta_schedule as ms
 
 import tvmtrain as tt
@@ -216,6 +219,18 @@ def test_threads_are_those_that_were_asked_for(start: Start, kind: str, toy_fold
     assert board.ask("threads", 2, str(cores[0])) == 2
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_computes_with_the_threads_and_on_the_cores_that_were_asked_for(start: Start, kind: str, quick: Path) -> None:
+    first, every = min(runtime._CPUS), set(runtime._CPUS)
+    for threads, cores, places in ((3, (), every), (2, (first,), {first})):
+        server = start(kind)
+        board = remote.connect(server.address, KEY)
+        board.load(quick, threads, cores)(*batches(1)[0])
+        (session,) = server.sessions()
+        assert session.num_threads() == threads
+        assert {frozenset(os.sched_getaffinity(thread.id)) for thread in session.threads()} == {frozenset(places)}
+
+
 # --- Boards that are not what was wanted ------------------------------------------------------------------------------------
 
 
@@ -354,6 +369,18 @@ def test_a_board_that_hangs_is_given_up(start: Start, toy_folder: Path) -> None:
     assert time.monotonic() - began < 10
 
 
+def test_a_board_that_stops_reading_is_given_up(start: Start) -> None:
+    server = start("native")
+    board = remote.connect(server.address, KEY, answer=1.0)
+    board._function("put")  # asked for now: later nobody answers
+    (session,) = server.sessions()
+    session.suspend()
+    size = 64 << 20  # more than any buffer
+    put = (0, 0, "uint8", bytes(size), size)
+    with pytest.raises(RemoteError, match=f"connection to board .*{server.address}.* is lost"):
+        remote._within(20, lambda: board.ask("put", *put), "the test", KEY)
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     x, y = zip(*(batch(i) for i in range(10)), strict=True)
@@ -418,7 +445,9 @@ class Failing:
         return self.place.call(entry, arguments)
 
 
-def fitted(folder: Path, home: Path, places: list[tuple[int, str]], test: bool) -> tuple[training.Run, tt.TrainStep, int]:
+def fitted(
+    folder: Path, home: Path, places: list[tuple[int, str]], test: bool = False, resume: Path | None = None
+) -> tuple[training.Run, tt.TrainStep, int]:
     """A run of three epochs of four steps whose board fails as each of ``places`` says, the last of them again and again."""
     started = []
 
@@ -431,14 +460,16 @@ def fitted(folder: Path, home: Path, places: list[tuple[int, str]], test: bool) 
     x, y = zip(*(batch(i) for i in range(4)), strict=True)
     specs = tuple(spec for spec in toy.manifest().named["train_step"].inputs if spec.role in ("input", "target"))
     samples = Dataset((np.concatenate(x),), (np.concatenate(y),), specs)
-    how = training.Settings(3, training.Rate(0.1), save=home, save_every=2, recovery=training.Recovery(start, 3, 0.0))
+    how = training.Settings(3, training.Rate(0.1), save=home, save_every=2, recovery=training.Recovery(start, 3, 0.0, resume))
     step = start()
+    if resume is not None:
+        step.restore(resume)
     return training.fit(step, samples, samples if test else None, how, Console(sys.stderr)), step, len(started)
 
 
 def test_what_fails_there_again_and_again_ends(toy_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RemoteError, match=r"no memory.*The last step was 5") as caught:
-        fitted(toy_folder, tmp_path / "home", [(5, "train_step"), (1, "train_step")], test=False)
+        fitted(toy_folder, tmp_path / "home", [(5, "train_step"), (1, "train_step")])
     assert caught.value.saved == tmp_path / "home"
 
 
@@ -451,6 +482,59 @@ def test_a_board_that_is_lost_in_the_last_evaluation_comes_back(toy_folder: Path
     wanted.restore(tmp_path / "home")
     assert_same_state(step, wanted)
     assert run.evaluation is not None
+
+
+@pytest.fixture
+def stale(toy_folder: Path, tmp_path: Path) -> Path:
+    """A checkpoint of another run, where this one is going to write its own: its weights are of twice as many steps."""
+    step = runtime.load(toy_folder)
+    for i in range(8):
+        step(*batch(i), lr=0.3)
+    step.save(tmp_path / "home")
+    return tmp_path / "home"
+
+
+def test_a_checkpoint_that_this_run_has_not_written_is_not_taken(toy_folder: Path, stale: Path, tmp_path: Path) -> None:
+    _, wanted, _ = fitted(toy_folder, tmp_path / "undisturbed", [(1000, "train_step")])
+    run, step, started = fitted(toy_folder, stale, [(1, "train_step"), (1000, "train_step")])
+    assert (run.steps, started) == (12, 2)
+    assert_same_state(step, wanted)
+
+
+def test_a_resumed_run_that_has_saved_nothing_yet_goes_on_from_where_it_began(toy_folder: Path, tmp_path: Path) -> None:
+    x, y = zip(*(batch(i) for i in range(3)), strict=True)
+    begun = runtime.load(toy_folder)
+    for one in zip(x, y, strict=True):
+        begun(*one, lr=0.3)  # which this run would not have come to
+    begun.save(tmp_path / "begun")
+    _, wanted, _ = fitted(toy_folder, tmp_path / "undisturbed", [(1000, "train_step")], resume=tmp_path / "begun")
+    _, step, started = fitted(
+        toy_folder, tmp_path / "home", [(0, "train_step"), (1000, "train_step")], resume=tmp_path / "begun"
+    )
+    assert (step.steps, started) == (12, 2)
+    assert_same_state(step, wanted)
+
+
+def test_no_checkpoint_is_advised_but_that_of_this_run(toy_folder: Path, stale: Path) -> None:
+    before = stale.read_bytes()
+    with pytest.raises(RemoteError, match="no checkpoint was written") as caught:
+        fitted(toy_folder, stale, [(1, "train_step")])
+    assert caught.value.saved is None
+    assert stale.read_bytes() == before
+
+
+def test_the_command_line_advises_no_checkpoint_of_another_run(
+    start: Start, toy_folder: Path, data: Path, stale: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def fail(*_: object, **__: object) -> float:
+        raise RemoteError("board pi failed: no memory")
+
+    monkeypatch.setattr(cli, "PAUSE", 0.0)
+    monkeypatch.setattr(tt.TrainStep, "__call__", fail)
+    assert run_on(start("native"), toy_folder, data, "--save", str(stale), "--retries", "1") == 1
+    message = capsys.readouterr().err
+    assert "no checkpoint was written" in message
+    assert "go on with" not in message
 
 
 def _ending(server: Server, home: Path, times: int) -> threading.Thread:
@@ -589,6 +673,42 @@ def graph() -> tt.TrainGraph:
 def search(tracker: Server, graph: tt.TrainGraph, device: str, count: int) -> tuner.Result:
     found = fleet.gather(tracker.address, KEY, targets.load(device), 1)
     return tuner.tune(graph, device, tuner.Settings(5, count, 1), Console(sys.stderr), boards=found)
+
+
+@contextmanager
+def fake_tracker(boards: int) -> Iterator[str]:
+    """The address of a tracker that tells of so many boards and then says nothing more; with none, it says nothing at all."""
+    known = [{"addr": ["127.0.0.1", 1], "key": f"server:{KEY}"}] * boards
+
+    def answer(listening: socket.socket) -> None:
+        kept = []
+        with suppress(OSError):
+            while boards:
+                kept.append(listening.accept()[0])
+                with suppress(OSError, struct.error):
+                    kept[-1].sendall(rpc_base.recvall(kept[-1], 4))
+                    if rpc_base.recvjson(kept[-1])[0] == rpc_base.TrackerCode.SUMMARY:
+                        rpc_base.sendjson(kept[-1], [rpc_base.TrackerCode.SUCCESS, {"server_info": known}])
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=answer, args=(listening,), daemon=True).start()
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_tracker_that_hangs_ends_a_search_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "GREETING", 0.3)
+    monkeypatch.setattr(fleet, "BACK", 0.5)
+    monkeypatch.setattr(fleet, "LOOK", 0.1)
+    monkeypatch.setattr(fleet, "FREE", 0.3)
+    with fake_tracker(0) as address:
+        with pytest.raises(RemoteError, match=f"tracker {address} did not answer within"):
+            fleet.gather(address, KEY, targets.load("host"), 1)
+        lost = fleet.Fleet(remote.Address.parse(address), KEY, ("pi (10.0.0.7:9090)",), 1, "")
+        with pytest.raises(RemoteError, match=r"tracker .* did not answer .* it had pi \(10\.0\.0\.7:9090\).*tune again"):
+            fleet._wait_for(lost)
+    with fake_tracker(2) as address, pytest.raises(RemoteError, match=f"of tracker {address} did not answer within"):
+        fleet.gather(address, KEY, targets.load("host"), 1)
 
 
 @pytest.mark.slow

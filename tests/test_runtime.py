@@ -16,6 +16,7 @@ import pytest
 import torch
 import toy
 import tvm
+from machines import MACHINES
 from torch.nn import functional
 from tvm import relax
 
@@ -577,8 +578,6 @@ def timed(step: runtime.TrainStep) -> float:
     return time.perf_counter() - start
 
 
-def test_memory_of_a_container_leaves_out_cached_files(tmp_path, monkeypatch):
-    for name, text in (("max", "1000000"), ("current", "900000"), ("stat", "anon 1\ninactive_file 400000\n")):
-        (tmp_path / f"memory.{name}").write_text(text)
-    monkeypatch.setattr(runtime, "CGROUP", str(tmp_path))
-    assert runtime.memory() == runtime.Memory(1_000_000, 500_000)
+@pytest.mark.parametrize("case", MACHINES, ids=lambda case: case.name)
+def test_memory_is_that_of_the_machine_or_of_its_container(case, tmp_path):
+    assert runtime.memory(str(case.write(tmp_path))) == runtime.Memory(case.total, case.available)

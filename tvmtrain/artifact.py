@@ -1,5 +1,7 @@
 """A compiled training step on disk: a folder with native code, weights and a manifest that says what each input and output is.
 
+Of the state that is not the model's (optimizer, random numbers), what is zero at the start is not stored: the manifest names it.
+
 Everything is checked before it is used: the format, every file's size and sha256, names, shapes and dtypes. Everything is
 written so that a kill or a full disk at any moment leaves what was there before or what was to come, and nothing in between.
 """
@@ -14,7 +16,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -32,7 +34,7 @@ from tvmtrain.errors import ArtifactError, CheckpointError, DeviceError, Storage
 if TYPE_CHECKING:
     from tvmtrain.runtime import TrainStep
 
-FORMAT = 4
+FORMAT = 5
 CHECKPOINT_FORMAT = 1
 MANIFEST = "manifest.json"
 LIBRARY = "lib.so"
@@ -213,10 +215,12 @@ class Artifact:
         An artifact that is already there is replaced as a whole or not at all. Raises ``StorageError`` for a folder that cannot
         be written or a full disk, ``DeviceError`` where the code cannot be linked.
         """
-        files = {LIBRARY: _link(self.executable), PARAMETERS: _tensor_bytes(self.state)}
+        zeros = _zero_names(self.manifest, self.state)
+        stored = {name: value for name, value in self.state.items() if name not in zeros}
+        files = {LIBRARY: _link(self.executable), PARAMETERS: _tensor_bytes(stored)}
         if self.manifest.plan is not None:
             files[PLAN] = self.manifest.plan.encode()
-        _write_folder(Path(folder), files | {MANIFEST: _manifest_bytes(self.manifest, files)})
+        _write_folder(Path(folder), files | {MANIFEST: _manifest_bytes(self.manifest, files, zeros)})
         return Path(folder)
 
     def load(self) -> TrainStep:
@@ -245,19 +249,20 @@ def read(folder: str | os.PathLike[str], *, foreign: bool = False) -> Stored:
     fit the manifest, a processor other than this one (``foreign=True`` lets those pass, to look at them).
     """
     folder = Path(folder)
-    manifest, files = _read_manifest(folder / MANIFEST)
+    manifest, files, zeros = _read_manifest(folder / MANIFEST)
     if not foreign:
         check_machine(manifest)
     places = {name: _locate(folder, name, files[name]) for name in files}
     state = _parse_tensors(_read_bytes(places[PARAMETERS]), ArtifactError, PARAMETERS)
-    _check_state(state, manifest.state, ArtifactError, PARAMETERS)
-    return Stored(manifest, state, places[LIBRARY])
+    stored = {name: spec for name, spec in manifest.state.items() if name not in zeros}
+    _check_state(state, stored, ArtifactError, PARAMETERS)
+    return Stored(manifest, state | {name: _zeros(manifest.state[name]) for name in zeros}, places[LIBRARY])
 
 
 def contents(folder: str | os.PathLike[str]) -> dict[str, bytes]:
     """The checked files of an artifact by their names, also those that a killed ``save`` left under another. Raises ``ArtifactError``."""
     folder = Path(folder)
-    _, files = _read_manifest(folder / MANIFEST)
+    _, files, _ = _read_manifest(folder / MANIFEST)
     places = {name: _locate(folder, name, file) for name, file in files.items()}
     return {name: _read_bytes(place) for name, place in {MANIFEST: folder / MANIFEST, **places}.items()}
 
@@ -380,7 +385,7 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 def _settle(folder: Path) -> None:
     """Finish a save that was killed after its manifest was in place: its files would be overwritten by ours otherwise."""
     with suppress(ArtifactError):
-        _, files = _read_manifest(folder / MANIFEST)
+        _, files, _ = _read_manifest(folder / MANIFEST)
         for name, file in files.items():
             new = _new(folder / name)
             if new.exists() and _matches(_read_bytes(new), file):
@@ -461,20 +466,21 @@ def _link(executable: Executable) -> bytes:
 # Reading.
 
 
-def _manifest_bytes(manifest: Manifest, files: Mapping[str, bytes]) -> bytes:
+def _manifest_bytes(manifest: Manifest, files: Mapping[str, bytes], zeros: Sequence[str]) -> bytes:
     listed = {name: {"size": len(data), "sha256": _sha256(data)} for name, data in files.items()}
     # Through JSON once, so that the digest is that of what a reader will see (tuples become lists, keys strings).
-    content = json.loads(json.dumps({"format": FORMAT, "files": listed, **manifest.to_dict()}))
+    content = json.loads(json.dumps({"format": FORMAT, "files": listed, "zeros": zeros, **manifest.to_dict()}))
     return (json.dumps(content | {"digest": _json_digest(content)}, indent=1) + "\n").encode()
 
 
-def _read_manifest(path: Path) -> tuple[Manifest, dict[str, tuple[int, str]]]:
-    """The manifest and (size, sha256) of every other file."""
+def _read_manifest(path: Path) -> tuple[Manifest, dict[str, tuple[int, str]], list[str]]:
+    """The manifest, (size, sha256) of every other file, and the names of state that is zeros and has no place in them."""
     data = _read_bytes(path)
     try:
         fields = _Fields(json.loads(data), "manifest")
         _check_format(fields)
-        return Manifest.from_dict(fields.data), _files(fields)
+        manifest = Manifest.from_dict(fields.data)
+        return manifest, _files(fields), _checked_zeros(fields, manifest)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: {error}") from error
 
@@ -500,6 +506,16 @@ def _files(fields: _Fields) -> dict[str, tuple[int, str]]:
         raise ArtifactError(f"files are {sorted(listed)}; want {LIBRARY} and {PARAMETERS}, and {PLAN} where there is a plan")
     entries = {name: _Fields(value, f"files[{name!r}]") for name, value in listed.items()}
     return {name: (entry.get("size", int), entry.get("sha256", str)) for name, entry in entries.items()}
+
+
+def _checked_zeros(fields: _Fields, manifest: Manifest) -> list[str]:
+    names = fields.names("zeros")
+    left_out = {name for name, spec in manifest.state.items() if spec.role not in MODEL_ROLES}
+    if wrong := sorted(set(names) - left_out):
+        raise ArtifactError(f"zeros: {', '.join(wrong)}: want state of the optimizer or of random numbers; all else is stored")
+    if len(set(names)) != len(names):
+        raise ArtifactError(f"zeros are {names}; want each once")
+    return names
 
 
 def _locate(folder: Path, name: str, file: tuple[int, str]) -> Path:
@@ -705,6 +721,20 @@ def _check_memory(manifest: Manifest) -> None:
 
 
 # Tensors.
+
+
+def _zero_names(manifest: Manifest, state: Mapping[str, np.ndarray]) -> list[str]:
+    """The state that need not be stored. The model's always is: whoever opens the file finds all weights and buffers."""
+    names = [name for name, spec in manifest.state.items() if spec.role not in MODEL_ROLES]
+    return [name for name in names if not state[name].tobytes().strip(b"\0")]  # by their bits: -0.0 is another number
+
+
+def _zeros(spec: TensorSpec) -> np.ndarray:
+    """Zeros that take no memory, whatever shape a manifest tells: whether there is room for it is checked later."""
+    try:
+        return np.broadcast_to(np.zeros((), spec.dtype), spec.shape)
+    except (ValueError, OverflowError) as error:
+        raise ArtifactError(f"zeros: {spec.name!r} is {_show(spec)}, which no array can be") from error
 
 
 def _tensor_bytes(state: Mapping[str, np.ndarray], facts: dict[str, str] | None = None) -> bytes:

@@ -36,7 +36,7 @@ GPU_LIBRARY = "libtvm_runtime_cuda.so"
 class Bundle:
     """What was written to ``path``; sizes in bytes. ``notes`` say what the board needs besides, or what was not possible.
 
-    ``weights``: parameters and buffers, which packing hardly makes smaller; ``unpacked`` has them too, and the optimizer's state.
+    ``weights``: parameters and buffers, which packing hardly makes smaller; ``unpacked`` has them too.
     """
 
     path: str

@@ -27,25 +27,15 @@ LARGEST_FORMULA = 25
 
 
 @dataclass(frozen=True)
-class _Axis:
-    """Pooling along one spatial axis: window, stride, padding before and after, dilation, input and output size."""
+class _Axis(Axis):
+    """Pooling along one spatial axis: an axis with padding after it, too."""
 
-    window: int
-    stride: int
-    before: int
     after: int
-    dilation: int
-    size: int
-    out: int
-
-    @property
-    def strided(self) -> Axis:
-        return Axis(self.window, self.stride, self.before, self.dilation, self.size, self.out)
 
     @property
     def overlap(self) -> int:
         """How many windows have to be tried for one input place."""
-        return self.window if self.dilation > 1 else -(-self.window // self.stride)
+        return self.kernel if self.dilation > 1 else -(-self.kernel // self.stride)
 
     def covering(self, place: Any, q: Any) -> tuple[Any, Any, Any]:
         """The q-th window that may cover an input place: its number, the place's tap in it, and whether it does cover it."""
@@ -53,7 +43,7 @@ class _Axis:
         if self.dilation == 1:
             out = at // self.stride - q
             tap = at - out * self.stride
-            return out, tap, tirx.all(tap < self.window, out >= 0, out < self.out)
+            return out, tap, tirx.all(tap < self.kernel, out >= 0, out < self.out)
         start = at - q * self.dilation
         out = tirx.floordiv(start, self.stride)
         return out, q, tirx.all(tirx.floormod(start, self.stride) == 0, out >= 0, out < self.out)
@@ -61,7 +51,7 @@ class _Axis:
     def count(self, out: Any, include_padding: bool) -> Any:
         """How many places PyTorch divides the window's sum by; what hangs over the padding never counts."""
         start = out * self.stride - self.before
-        end = tirx.min(start + self.window, self.size + self.after)
+        end = tirx.min(start + self.kernel, self.size + self.after)
         return end - start if include_padding else tirx.min(end, self.size) - tirx.max(start, 0)
 
 
@@ -79,20 +69,20 @@ def avg_pool2d_backward(gy: te.Tensor, rows: _Axis, columns: _Axis, include_padd
 def max_pool2d_backward(gy: te.Tensor, x: te.Tensor, rows: _Axis, columns: _Axis) -> te.Tensor:
     """dX[y, x] = sum over the windows of which (y, x) is the first maximum of dY. PyTorch gives ties to the first, too."""
     shape = [int(d) for d in gy.shape]
-    taps = rows.window * columns.window
+    taps = rows.kernel * columns.kernel
 
     def value(n: Any, c: Any, y: Any, v: Any, ky: Any, kx: Any) -> Any:
         row, column = (a.stride * i + a.dilation * k - a.before for a, i, k in ((rows, y, ky), (columns, v, kx)))
         inside = tirx.all(row >= 0, row < rows.size, column >= 0, column < columns.size)
         return tirx.if_then_else(inside, x[n, c, row, column], tirx.min_value(x.dtype))
 
-    ky, kx = te.reduce_axis((0, rows.window), "ky"), te.reduce_axis((0, columns.window), "kx")
+    ky, kx = te.reduce_axis((0, rows.kernel), "ky"), te.reduce_axis((0, columns.kernel), "kx")
     largest = te.compute(shape, lambda n, c, y, v: te.max(value(n, c, y, v, ky, kx), axis=[ky, kx]), name="largest")
-    ry, rx = te.reduce_axis((0, rows.window), "ry"), te.reduce_axis((0, columns.window), "rx")
+    ry, rx = te.reduce_axis((0, rows.kernel), "ry"), te.reduce_axis((0, columns.kernel), "rx")
 
     def tap(n: Any, c: Any, y: Any, v: Any) -> Any:
         hit = value(n, c, y, v, ry, rx) == largest[n, c, y, v]
-        number = (ry * columns.window + rx).astype("int32")
+        number = (ry * columns.kernel + rx).astype("int32")
         return te.min(tirx.Select(hit, number, tirx.const(taps, "int32")), axis=[ry, rx])
 
     first = te.compute(shape, tap, name="first")
@@ -170,7 +160,7 @@ def _gathered(shape: list[int], rows: _Axis, columns: _Axis, part: Callable, dty
     def total(n: Any, c: Any, y: Any, x: Any) -> Any:
         row, row_tap, row_covers = rows.covering(y, qy)
         column, column_tap, column_covers = columns.covering(x, qx)
-        tap = (row_tap * columns.window + column_tap).astype("int32")
+        tap = (row_tap * columns.kernel + column_tap).astype("int32")
         value = tirx.if_then_else(tirx.all(row_covers, column_covers), part(n, c, row, column, tap), tirx.const(0, dtype))
         return te.sum(value, axis=[qy, qx])
 
@@ -182,7 +172,7 @@ def _axes(call: relax.Call) -> tuple[_Axis, _Axis]:
     padding = [int(p) for p in attrs.padding]
     rows, columns = (
         _Axis(
-            window=int(attrs.pool_size[i]),
+            kernel=int(attrs.pool_size[i]),
             stride=int(attrs.strides[i]),
             before=padding[i],
             after=padding[i + 2],
@@ -201,9 +191,9 @@ def _legalize_max(bb: relax.BlockBuilder, call: relax.Call, written_out: bool = 
     rows, columns = _axes(call)
 
     def kernel(gy: te.Tensor, x: te.Tensor) -> te.Tensor:
-        if not written_out or rows.window * columns.window > LARGEST_FORMULA:
+        if not written_out or rows.kernel * columns.kernel > LARGEST_FORMULA:
             return max_pool2d_backward(gy, x, rows, columns)
-        return max_pool2d_backward_by_residues(gy, x, *(a.strided for a in (rows, columns)))
+        return max_pool2d_backward_by_residues(gy, x, rows, columns)
 
     return bb.call_te(kernel, *call.args, primfunc_name_hint="max_pool2d_backward")
 

@@ -68,9 +68,6 @@ with _without_torch():
 # TVM's pool narrows the affinity of the thread that starts it, so what this process may use is asked before that.
 _CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
-# What the system tells of the group of processes that this one is in.
-CGROUP = "/sys/fs/cgroup"
-
 # Which file each path was when a library was first loaded from it.
 _loaded: dict[Path, tuple[int, int]] = {}
 
@@ -558,13 +555,19 @@ class Memory:
     available: int
 
 
-def memory() -> Memory:
-    """This machine's, or that of the group of processes (a container) that this one is limited to."""
-    told = {name: int(value.split()[0]) * 1024 for name, _, value in map(_pair, _lines("/proc/meminfo")) if value.split()}
+def memory(root: str = "") -> Memory:
+    """This machine's, or that of the group of processes (a container) that this one is limited to.
+
+    root: before the paths of what the system tells. ``native/src/memory.cc`` counts the same way.
+    """
+    told = {
+        name: int(value.split()[0]) * 1024 for name, _, value in map(_pair, _lines(f"{root}/proc/meminfo")) if value.split()
+    }
     total, available = told.get("MemTotal", 0), told.get("MemAvailable", 0)
-    limit, used = (_number(f"{CGROUP}/memory.{name}") for name in ("max", "current"))
+    group = f"{root}/sys/fs/cgroup/memory"
+    limit, used = (_number(f"{group}.{name}") for name in ("max", "current"))
     # Pages of files that nobody has used for a while are given up where memory is wanted.
-    cache = next((int(line.split()[1]) for line in _lines(f"{CGROUP}/memory.stat") if line.startswith("inactive_file ")), 0)
+    cache = next((int(line.split()[1]) for line in _lines(f"{group}.stat") if line.startswith("inactive_file ")), 0)
     if limit and (limit < total or not total):
         return Memory(limit, min(available or limit, max(1, limit - max(0, used - cache))))
     return Memory(total, available)

@@ -5,10 +5,12 @@
 #include <exception>
 #include <memory>
 #include <new>
+#include <stdexcept>
 #include <string>
 
 #include "error.h"
 #include "machine.h"
+#include "memory.h"
 #include "step.h"
 #include "stored.h"
 
@@ -39,6 +41,8 @@ tvmtrain_status guarded(Body body) {
   } catch (const Error& error) {
     return failed(error.status, error.what());
   } catch (const std::bad_alloc&) {
+    return failed(TVMTRAIN_DEVICE_ERROR, "there is not enough memory");
+  } catch (const std::length_error&) {  // more than any memory has
     return failed(TVMTRAIN_DEVICE_ERROR, "there is not enough memory");
   } catch (const std::exception& error) {
     return failed(TVMTRAIN_INTERNAL_ERROR, error.what());
@@ -138,7 +142,7 @@ tvmtrain_status tvmtrain_memory(const char* folder, int threads, int64_t* needed
   return guarded([&] {
     const tt::Manifest manifest = tt::read_manifest(need(folder, "folder"));
     *need(needed, "needed") = tt::needed_memory(manifest, threads > 0 ? threads : tt::default_threads());
-    *need(available, "available") = tt::available_memory();
+    *need(available, "available") = tt::memory().available;
     return TVMTRAIN_OK;
   });
 }

@@ -12,7 +12,7 @@ namespace tt {
 namespace {
 
 // The numbers of one metadata field: one for all channels, or one per channel.
-std::vector<float> numbers(const TensorFile& file, const char* name, size_t channels, float missing, const std::string& where) {
+std::vector<float> numbers(const TensorHeader& file, const char* name, size_t channels, float missing, const std::string& where) {
   const auto found = file.facts.find(name);
   if (found == file.facts.end()) return {missing};
   std::vector<float> values;
@@ -31,7 +31,7 @@ std::vector<float> numbers(const TensorFile& file, const char* name, size_t chan
 }
 
 // What each byte stands for, by channel, rounded as NumPy rounds it; one row where every channel has the same numbers.
-std::vector<float> table(const TensorFile& file, size_t channels, const std::string& where) {
+std::vector<float> table(const TensorHeader& file, size_t channels, const std::string& where) {
   const std::vector<float> mean = numbers(file, "mean", channels, 0, where), deviation = numbers(file, "std", channels, 1, where);
   std::vector<float> values;
   for (size_t c = 0; c < std::max(mean.size(), deviation.size()); ++c) {
@@ -48,28 +48,39 @@ size_t inner(const Shape& shape, size_t from) {
   return count;
 }
 
+std::string text_of(const Pieces& file, uint64_t start, uint64_t count) {
+  std::string text(static_cast<size_t>(count), '\0');
+  file.read(start, text.size(), text.data());
+  return text;
+}
+
+TensorHeader header_of(const Pieces& file) {
+  const uint64_t length = header_length(text_of(file, 0, std::min(kLengthBytes, file.size())), file.size());
+  return parse_header(text_of(file, kLengthBytes, length), file.size());
+}
+
 }  // namespace
 
-Dataset::Dataset(std::string_view data, const Manifest& manifest, const std::string& where) {
-  TensorFile file;
+Dataset::Dataset(const Pieces& file, const Manifest& manifest, const std::string& where) : file_(file) {
+  TensorHeader header;
   try {
-    file = parse_tensors(data);
+    header = header_of(file);
   } catch (const std::invalid_argument& error) {
     throw input_error(where + ": not a readable safetensors file (" + error.what() + ")");
   }
   const std::vector<TensorSpec>& taken = manifest.entry("train_step").inputs;
   for (Role role : {Role::kInput, Role::kTarget}) {
     for (const TensorSpec& spec : taken) {
-      if (spec.role == role) columns_.push_back(column(spec, file, manifest.batch, where));
+      if (spec.role == role) columns_.push_back(column(spec, header, manifest.batch, where));
     }
   }
   if (count_.value_or(0) == 0) throw input_error(where + ": no samples in it");
 }
 
-Dataset::Column Dataset::column(const TensorSpec& spec, const TensorFile& file, int64_t batch, const std::string& where) {
-  const auto found = file.tensors.find(spec.name);
-  if (found == file.tensors.end()) throw input_error(where + ": no tensor named '" + spec.name + "', the step's " + role_name(spec.role));
-  const TensorView& tensor = found->second;
+Dataset::Column Dataset::column(const TensorSpec& spec, const TensorHeader& header, int64_t batch, const std::string& where) {
+  const auto found = header.tensors.find(spec.name);
+  if (found == header.tensors.end()) throw input_error(where + ": no tensor named '" + spec.name + "', the step's " + role_name(spec.role));
+  const TensorPlace& tensor = found->second;
   const bool scaled = tensor.dtype->code == TVMTRAIN_UINT8 && spec.dtype->code == TVMTRAIN_FLOAT32 && spec.role == Role::kInput;
   if (tensor.dtype != spec.dtype && !scaled) {
     throw input_error(where + ": '" + spec.name + "' is " + tensor.dtype->name + "; want " + spec.dtype->name +
@@ -80,9 +91,9 @@ Dataset::Column Dataset::column(const TensorSpec& spec, const TensorFile& file, 
   const bool fits = rows ? tensor.shape.size() == spec.shape.size() && std::equal(spec.shape.begin() + 1, spec.shape.end(), tensor.shape.begin() + 1) && tensor.shape[0] % each == 0
                          : tensor.shape == spec.shape;
   if (!fits) throw input_error(where + ": '" + spec.name + "' has shape " + shown(tensor.shape) + "; want that of the step, " + shown(spec.shape) + ", with " + (rows ? "any number of samples" : "these very sizes"));
-  const size_t sample = rows ? inner(spec.shape, 1) * static_cast<size_t>(each) * tensor.dtype->bytes : 0;
-  Column column{spec, tensor.bytes, sample, rows ? spec.bytes() / static_cast<uint64_t>(batch) : spec.bytes(), {}};
-  if (scaled && !tensor.bytes.empty()) column.ready = table(file, spec.shape.size() > 1 ? static_cast<size_t>(spec.shape[1]) : 1, where);
+  const size_t sample = rows ? inner(spec.shape, 1) * static_cast<size_t>(each) * tensor.dtype->bytes : static_cast<size_t>(tensor.bytes);
+  Column column{spec, tensor.start, sample, !rows, rows ? spec.bytes() / static_cast<uint64_t>(batch) : spec.bytes(), {}};
+  if (scaled && tensor.bytes > 0) column.ready = table(header, spec.shape.size() > 1 ? static_cast<size_t>(spec.shape[1]) : 1, where);
   if (rows) {
     const auto samples = static_cast<uint64_t>(tensor.shape[0] / each);
     if (count_ && samples != *count_) throw input_error(where + ": '" + spec.name + "' has " + std::to_string(samples) + " samples and others have " + std::to_string(*count_));
@@ -92,13 +103,15 @@ Dataset::Column Dataset::column(const TensorSpec& spec, const TensorFile& file, 
 }
 
 void Dataset::append(const Column& column, uint64_t row, std::string& values) const {
-  const std::string_view stored = column.sample ? column.bytes.substr(static_cast<size_t>(row) * column.sample, column.sample) : column.bytes;
+  const uint64_t place = column.start + (column.shared ? 0 : row * column.sample);
+  const size_t start = values.size();
   if (column.ready.empty()) {
-    values += stored;
+    values.resize(start + column.sample);
+    file_.read(place, column.sample, values.data() + start);
     return;
   }
+  const std::string stored = text_of(file_, place, column.sample);
   const size_t channels = column.ready.size() / 256, pixels = inner(column.spec.shape, 2);
-  const size_t start = values.size();
   values.resize(start + stored.size() * sizeof(float));
   for (size_t i = 0; i < stored.size(); ++i) {
     const float value = column.ready[i / pixels % channels * 256 + static_cast<uint8_t>(stored[i])];
@@ -109,7 +122,7 @@ void Dataset::append(const Column& column, uint64_t row, std::string& values) co
 std::string Dataset::batch(size_t i, const uint64_t* rows, size_t count) const {
   const Column& column = columns_.at(i);
   std::string values;
-  const size_t parts = column.sample ? count : 1;
+  const size_t parts = column.shared ? 1 : count;
   for (size_t j = 0; j < parts; ++j) append(column, rows[j], values);
   // The step is going to read so many.
   if (values.size() != parts * column.taken) {

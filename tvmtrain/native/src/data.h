@@ -10,9 +10,9 @@
 #include <cstdint>
 #include <optional>
 #include <string>
-#include <string_view>
 #include <vector>
 
+#include "files.h"
 #include "manifest.h"
 #include "tensors.h"
 
@@ -20,26 +20,28 @@ namespace tt {
 
 class Dataset {
  public:
-  // The samples in ``data``, which has to outlive this. Throws an input error that begins with ``where``.
-  Dataset(std::string_view data, const Manifest& manifest, const std::string& where);
+  // The samples in ``file``, which has to outlive this. Throws an input error that begins with ``where``, and as ``Pieces``.
+  Dataset(const Pieces& file, const Manifest& manifest, const std::string& where);
 
   uint64_t size() const { return *count_; }
 
-  // Array number ``i`` (inputs, then targets, as the step takes them) of the samples ``rows``.
+  // Array number ``i`` (inputs, then targets, as the step takes them) of the samples ``rows``. Throws as ``Pieces``.
   std::string batch(size_t i, const uint64_t* rows, size_t count) const;
 
  private:
   struct Column {
     TensorSpec spec;
-    std::string_view bytes;
-    size_t sample = 0;         // bytes of one, as stored; 0: all samples share the tensor
+    uint64_t start = 0;        // where the first sample lies in the file
+    size_t sample = 0;         // bytes of one, as stored; of the whole tensor where all samples share it
+    bool shared = false;
     uint64_t taken = 0;        // bytes of one, as the step takes it; of the whole tensor where all samples share it
     std::vector<float> ready;  // of bytes: the value of each, by channel; one row where all channels have the same
   };
 
-  Column column(const TensorSpec& spec, const TensorFile& file, int64_t batch, const std::string& where);
+  Column column(const TensorSpec& spec, const TensorHeader& header, int64_t batch, const std::string& where);
   void append(const Column& column, uint64_t row, std::string& values) const;
 
+  const Pieces& file_;
   std::vector<Column> columns_;
   std::optional<uint64_t> count_;  // known with the first column that has rows
 };

@@ -1,7 +1,6 @@
 #include "files.h"
 
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -120,19 +119,16 @@ Checksum checksum(const std::string& path) {
   return {total, digest.hex()};
 }
 
-Mapping::Mapping(const std::string& path) {
-  uint64_t size;
-  const Handle file = open_file(path, &size);
-  if (size == 0) return;
-  if (size > SIZE_MAX) fail(EFBIG);
-  void* data = mmap(nullptr, static_cast<size_t>(size), PROT_READ, MAP_PRIVATE, file.number(), 0);
-  if (data == MAP_FAILED) fail();
-  data_ = data;
-  size_ = static_cast<size_t>(size);
-}
-
-Mapping::~Mapping() {
-  if (data_) munmap(data_, size_);
+void Pieces::read(uint64_t start, size_t count, char* values) const {
+  for (size_t done = 0; done < count;) {
+    const ssize_t got = pread(file_.number(), values + done, count - done, static_cast<off_t>(start + done));
+    if (got < 0 && errno != EINTR) fail();
+    if (got == 0) {
+      throw input_error(path_ + " has become shorter since it was opened: byte " + std::to_string(start + done) + " of its " + std::to_string(size_) +
+                        " is gone; leave it alone while it is in use, and start again");
+    }
+    if (got > 0) done += static_cast<size_t>(got);
+  }
 }
 
 void replace_file(const std::string& path, const std::vector<std::string_view>& parts) {

@@ -1,4 +1,4 @@
-// Files: read whole or mapped, and replaced so that a kill at any moment leaves the old one or the new one.
+// Files: read whole or in pieces, and replaced so that a kill at any moment leaves the old one or the new one.
 #ifndef TVMTRAIN_FILES_H_
 #define TVMTRAIN_FILES_H_
 
@@ -40,18 +40,21 @@ struct Checksum {
 };
 Checksum checksum(const std::string& path);
 
-// A file as memory, read from the disk as it is touched. It must not be changed meanwhile. Throws std::system_error.
-class Mapping {
+// A file that is read in pieces. Not mapped into memory: where somebody cuts it off meanwhile, that would end the process.
+class Pieces {
  public:
-  explicit Mapping(const std::string& path);
-  Mapping(const Mapping&) = delete;
-  Mapping& operator=(const Mapping&) = delete;
-  ~Mapping();
-  std::string_view bytes() const { return {static_cast<const char*>(data_), size_}; }
+  // Throws std::system_error.
+  explicit Pieces(const std::string& path) : path_(path), file_(open_file(path, &size_)) {}
+
+  uint64_t size() const { return size_; }
+
+  // Bytes ``start`` .. ``start + count``, to ``values``. Throws std::system_error, and an input error where the file has become shorter.
+  void read(uint64_t start, size_t count, char* values) const;
 
  private:
-  void* data_ = nullptr;
-  size_t size_ = 0;
+  std::string path_;
+  uint64_t size_ = 0;  // before the file, which sets it
+  Handle file_;
 };
 
 // Replace ``path`` by ``parts``, one after the other: written aside, synced, renamed, the folder synced.

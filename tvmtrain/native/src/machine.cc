@@ -108,16 +108,6 @@ int physical_cores() {
   return static_cast<int>(cores.size());
 }
 
-// The number after ``name`` in a file of lines "NAME NUMBER ..."; 0 where there is none.
-int64_t told(const std::string& path, const std::string& name) {
-  std::ifstream file(path);
-  int64_t number;
-  for (std::string found, rest; file >> found >> number; std::getline(file, rest)) {
-    if (found == name) return number;
-  }
-  return 0;
-}
-
 bool whole(std::string_view text, int* number) {
   const auto [stop, error] = std::from_chars(text.data(), text.data() + text.size(), *number);
   return error == std::errc() && stop == text.data() + text.size() && *number >= 0;
@@ -175,17 +165,6 @@ void use_processors(const std::string& list) {
   if (CPU_COUNT(&set) == 0 || sched_setaffinity(0, sizeof set, &set) != 0) {
     throw input_error("affinity '" + list + "': this process may use none of these processors; those that it may: /proc/self/status");
   }
-}
-
-int64_t available_memory() {
-  const int64_t total = told("/proc/meminfo", "MemTotal:") * 1024, available = told("/proc/meminfo", "MemAvailable:") * 1024;
-  // Python's runtime.memory counts the same way: pages of files that nobody has used for a while are given up.
-  const std::string group = "/sys/fs/cgroup/memory.";
-  int64_t limit = 0, used = 0;
-  if (!(std::ifstream(group + "max") >> limit) || limit <= 0 || (total && limit >= total)) return available;
-  std::ifstream(group + "current") >> used;
-  const int64_t room = std::max<int64_t>(1, limit - std::max<int64_t>(0, used - told(group + "stat", "inactive_file")));
-  return available ? std::min(available, room) : room;
 }
 
 int64_t needed_memory(const Manifest& manifest, int threads, const Use& use) {

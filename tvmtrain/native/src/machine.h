@@ -1,4 +1,4 @@
-// The machine at hand: its architecture and features, processors, memory.
+// The machine at hand: its architecture and features, processors; what a step needs of its memory.
 #ifndef TVMTRAIN_MACHINE_H_
 #define TVMTRAIN_MACHINE_H_
 
@@ -22,17 +22,14 @@ int default_threads();
 // Let this process use ``list`` alone, "0,4-7". Before anything else of this library. Throws an input error.
 void use_processors(const std::string& list);
 
-// Bytes that new work can have: MemAvailable of /proc/meminfo, or less in a group of processes (a container) that is limited; 0 where
-// it is not told.
-int64_t available_memory();
-
 // What a run does beside training.
 struct Use {
   bool saves = false, resumes = false, predicts = false;
 };
 
-// Bytes that training takes at its peak. Loading: the state and its file. Running: the state, what is made of it once, the entry that
-// takes most, and a copy of the state where it is saved. Resuming: the state, the file, and the new state beside the old.
+// Bytes that training takes at its peak. Loading: the state and, at most, as much again for its file. Running: the state, what
+// is made of it once, the entry that takes most, and a copy of the state where it is saved. Resuming: the state, the file, and the new
+// state beside the old.
 int64_t needed_memory(const Manifest& manifest, int threads, const Use& use = {});
 
 }  // namespace tt

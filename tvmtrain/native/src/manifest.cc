@@ -262,6 +262,17 @@ void check_settings(const Manifest& manifest) {
   if (manifest.batch < 1 || manifest.loss.classes.value_or(1) < 1 || !std::isfinite(manifest.lr)) fail("batch, classes or lr out of range: want 1 or more, and a finite rate");
 }
 
+// The model's own state is always stored.
+std::set<std::string> zeros_of(const Fields& fields, const Manifest& manifest) {
+  std::set<std::string> zeros;
+  for (const std::string& name : fields.names("zeros")) {
+    const auto found = manifest.state.find(name);
+    const bool left_out = found != manifest.state.end() && (found->second.role == Role::kOptimizer || found->second.role == Role::kRandom);
+    if (!left_out || !zeros.insert(name).second) fail("zeros: '" + name + "': want state of the optimizer or of random numbers, each once; all else is stored");
+  }
+  return zeros;
+}
+
 void check_selection(const Manifest& manifest, const Selection& chosen) {
   const std::string where = "selection of layer '" + chosen.layer + "': ";
   if (chosen.count < 1 || chosen.count > chosen.channels) fail(where + std::to_string(chosen.count) + " of " + std::to_string(chosen.channels) + " channels; want 1 or more of them");
@@ -353,6 +364,7 @@ Manifest manifest_of(const Json& document) {
   manifest.unread = fields.list("unread", spec_of);
   manifest.selections = fields.list("selections", selection_of);
   check_specs(manifest);
+  manifest.zeros = zeros_of(fields, manifest);
   check_entries(manifest);
   check_settings(manifest);
   check_selections(manifest);

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -14,7 +15,7 @@
 
 namespace tt {
 
-constexpr int kFormat = 4;
+constexpr int kFormat = 5;
 
 enum class Role { kInput, kTarget, kRate, kChannels, kLoss, kOutput, kGradient, kPrepared, kParameter, kBuffer, kOptimizer, kRandom };
 
@@ -74,6 +75,7 @@ struct Device {
 
 struct Manifest {
   std::map<std::string, StoredFile> files;
+  std::set<std::string> zeros;  // state that is zeros at the start and not in parameters.safetensors
   std::vector<Entry> entries;
   std::map<std::string, std::string> aliases;
   std::vector<std::string> trained;

@@ -1,9 +1,12 @@
 // Feeds files to the readers, in a build with sanitizers, and shows what they make of them: tvmtrain-probe FILE...
 //
 // The first letter of a file says what reads the rest: J JSON, M a manifest (its digest is not asked for, which would stop every
-// changed one), T tensors, C a checkpoint and D data of the manifest that was read before. An error is the right answer to a wrong
+// changed one), T tensors, P the parameters, C a checkpoint and D data of the manifest that was read before. An error is the right answer to a wrong
 // file, and every value of a right one is read. S prints the channels of a selection, W those of the largest weights, H a sha256, O an
-// order of samples, A a manifest as Python writes it, each on a line. The last line says how many were accepted; a crash is a crash.
+// order of samples, A a manifest as Python writes it, R the memory of a machine whose files lie in a folder, each on a line. The last line says how many were accepted; a crash is a crash.
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -16,6 +19,7 @@
 #include "json.h"
 #include "machine.h"
 #include "manifest.h"
+#include "memory.h"
 #include "random.h"
 #include "selection.h"
 #include "sha256.h"
@@ -68,7 +72,12 @@ void read_manifest(std::string_view text) {
 
 void read_data(std::string_view text) {
   if (!known) return;
-  const tt::Dataset data(text, *known, "data");
+  // A file of its own, in memory.
+  const tt::Handle memory(memfd_create("data", MFD_CLOEXEC));
+  const std::string path = "/proc/self/fd/" + std::to_string(memory.number());
+  if (!memory.open() || write(memory.number(), text.data(), text.size()) != static_cast<ssize_t>(text.size())) std::abort();
+  const tt::Pieces file(path);
+  const tt::Dataset data(file, *known, "data");
   for (uint64_t row : {uint64_t{0}, data.size() / 2, data.size() - 1}) {
     const std::vector<uint64_t> rows(static_cast<size_t>(known->batch < 64 ? known->batch : 64), row);
     std::vector<tt::TensorSpec> columns;
@@ -115,6 +124,11 @@ void print_order(const tt::Json& object) {
   std::printf("\n");
 }
 
+void print_memory(const std::string& root) {
+  const tt::Memory memory = tt::memory(root);
+  std::printf("%lld %lld\n", static_cast<long long>(memory.total), static_cast<long long>(memory.available));
+}
+
 void print_digest(std::string_view text) {
   tt::Sha256 digest;
   // In pieces, so that what is left of a block is used.
@@ -127,12 +141,14 @@ void read_one(char kind, std::string_view text) {
   if (kind == 'J') read_json(text);
   if (kind == 'M') read_manifest(text);
   if (kind == 'T') touch(tt::parse_tensors(text));
+  if (kind == 'P' && known) touch(tt::read_parameters(text, *known));
   if (kind == 'C' && known) touch(tt::read_checkpoint(text, known->state, "checkpoint", &steps));
   if (kind == 'D') read_data(text);
   if (kind == 'S') print_selection(tt::parse_json(text));
   if (kind == 'W') print_largest(tt::parse_json(text));
   if (kind == 'O') print_order(tt::parse_json(text));
   if (kind == 'H') print_digest(text);
+  if (kind == 'R') print_memory(std::string(text));
   if (kind == 'A') std::printf("%s\n", tt::canonical(tt::parse_json(text)).c_str());
 }
 

@@ -18,6 +18,7 @@
 #include "files.h"
 #include "json.h"
 #include "machine.h"
+#include "memory.h"
 #include "random.h"
 #include "step.h"
 #include "stored.h"
@@ -367,7 +368,7 @@ void Run::predict() const {
 }
 
 void check_memory(const tt::Manifest& manifest, int threads, const tt::Use& use) {
-  const int64_t needed = tt::needed_memory(manifest, threads, use), available = tt::available_memory();
+  const int64_t needed = tt::needed_memory(manifest, threads, use), available = tt::memory().available;
   const auto mebibytes = [](int64_t bytes) { return shortened("%.1f MiB", static_cast<double>(bytes) / (1 << 20)); };
   if (available && needed > available) {
     throw tt::device_error("training needs " + mebibytes(needed) + " of memory and this machine has " + mebibytes(available) +
@@ -385,8 +386,8 @@ int run(const Options& options) {
   const std::unique_ptr<tt::Step> loaded = tt::Step::load(options.artifact, threads);
   tt::Step& step = *loaded;
   try {
-    const tt::Mapping file(options.data);
-    const tt::Dataset data(file.bytes(), step.manifest(), options.data);
+    const tt::Pieces file(options.data);
+    const tt::Dataset data(file, step.manifest(), options.data);
     const bool restored = options.resume && exists(options.checkpoint);
     if (restored) step.restore(options.checkpoint);
     Run run(options, step, data, restored);

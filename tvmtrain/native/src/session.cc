@@ -22,6 +22,8 @@
 #include <utility>
 #include <vector>
 
+#include "memory.h"
+
 namespace tt {
 namespace {
 
@@ -78,7 +80,7 @@ std::string Read(const char* path) {
   return std::string(std::istreambuf_iterator<char>(file), {});
 }
 
-// The value of the first line of `text` that begins with `name`, as in /proc/cpuinfo and /proc/meminfo.
+// The value of the first line of `text` that begins with `name`, as in /proc/cpuinfo.
 std::string Field(const std::string& text, const std::string& name) {
   std::istringstream lines(text);
   for (std::string line; std::getline(lines, line);) {
@@ -119,14 +121,14 @@ std::string Emulated() {
 }
 
 std::string Tell() {
-  std::string memory = Read("/proc/meminfo"), processor = Read("/proc/cpuinfo");
+  std::string processor = Read("/proc/cpuinfo");
+  const Memory here = memory();
   char host[256] = "";
   gethostname(host, sizeof(host) - 1);
-  auto kilobytes = [&](const char* name) { return std::to_string(std::atoll(Field(memory, name).c_str()) * 1024); };
   std::ostringstream out;
   out << "{\"protocol\": " << kProtocol << ", \"server\": \"native\", \"name\": " << Quoted(host)
       << ", \"arch\": " << Quoted(Architecture()) << ", \"cores\": " << Processors().size()
-      << ", \"memory\": " << kilobytes("MemTotal") << ", \"available\": " << kilobytes("MemAvailable")
+      << ", \"memory\": " << here.total << ", \"available\": " << here.available
       << ", \"hwcap\": [" << getauxval(AT_HWCAP) << ", " << getauxval(AT_HWCAP2) << "]"
       << ", \"flags\": " << Quoted(Field(processor, "flags")) << ", \"gpu\": false"
       << ", \"emulated\": " << Quoted(Emulated()) << "}";

@@ -1,5 +1,6 @@
 #include "step.h"
 
+#include <malloc.h>
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/shape.h>
 #include <tvm/ffi/container/tensor.h>
@@ -123,6 +124,13 @@ SelectionState stored_selection(const Manifest& manifest, const TensorFile& file
   return state;
 }
 
+// What was freed goes back to the system: the C library would keep it, beside all that running needs.
+void give_back() {
+#ifdef __GLIBC__
+  malloc_trim(0);
+#endif
+}
+
 class VmStep final : public Step {
  public:
   VmStep(const std::string& folder, int threads);
@@ -186,14 +194,20 @@ VmStep::VmStep(const std::string& folder, int threads) : manifest_(read_manifest
   processors();
   std::map<std::string, std::string> places;
   for (const auto& [name, file] : manifest_.files) places[name] = locate(folder, name, file);
-  const Bytes data = read_file(places.at("parameters.safetensors"));
+  Bytes data = read_file(places.at("parameters.safetensors"));
   const TensorFile parameters = read_parameters({reinterpret_cast<const char*>(data.data()), data.size()}, manifest_);
   use_threads();
   start(places.at("lib.so"));
   selection_ = initial_selection(parameters);
   Tensors state;
   for (const auto& [name, view] : parameters.tensors) state[name] = tensor(view.shape, *view.dtype, view.bytes);
+  data = Bytes();  // room for the zeros
+  for (const std::string& name : manifest_.zeros) {
+    const TensorSpec& spec = manifest_.state.at(name);
+    state[name] = tensor(spec.shape, *spec.dtype, std::string(spec.bytes(), '\0'));
+  }
   tensors_ = prepared(std::move(state));
+  give_back();
 }
 
 void VmStep::start(const std::string& library) {
@@ -416,6 +430,8 @@ void VmStep::restore(const std::string& path) {
   tensors_ = prepared(std::move(state));
   selection_ = std::move(selection);
   steps_ = steps;
+  data = Bytes();
+  give_back();
 }
 
 void VmStep::read(const std::string& name, const tvmtrain_array& array) const {

@@ -128,7 +128,9 @@ std::string locate(const std::string& folder, const std::string& name, const Sto
 TensorFile read_parameters(std::string_view data, const Manifest& manifest) {
   try {
     TensorFile file = parse_tensors(data);
-    const std::string wrong = differences(file.tensors, manifest.state);
+    Wanted stored = manifest.state;
+    for (const std::string& name : manifest.zeros) stored.erase(name);
+    const std::string wrong = differences(file.tensors, stored);
     if (!wrong.empty()) throw artifact_error("parameters.safetensors does not fit this model: " + wrong);
     return file;
   } catch (const std::invalid_argument& error) {

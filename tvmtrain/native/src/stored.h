@@ -21,7 +21,7 @@ Manifest read_manifest(const std::string& folder);
 // been checked. Throws an artifact error.
 std::string locate(const std::string& folder, const std::string& name, const StoredFile& file);
 
-// The initial state, of the very names, shapes and dtypes of ``manifest``, in ``data``. Throws an artifact error.
+// The initial state but for what ``manifest`` says is zeros, of its very names, shapes and dtypes, in ``data``. Throws an artifact error.
 TensorFile read_parameters(std::string_view data, const Manifest& manifest);
 
 // The state in a checkpoint, which must fit ``wanted``, and how many steps it is after. Throws a checkpoint error that begins with ``where``.

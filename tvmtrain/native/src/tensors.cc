@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <charconv>
 #include <stdexcept>
-#include <tuple>
+#include <utility>
 
 #include "json.h"
 
@@ -39,36 +39,35 @@ std::vector<uint64_t> numbers(const Json& array, const std::string& tensor) {
   return values;
 }
 
-struct Place {
-  uint64_t start, end;
-};
-
-TensorView parse_tensor(const std::string& name, const Json& entry, std::string_view data, Place* place) {
+// Of a file whose values are bytes ``first`` .. ``end``.
+TensorPlace parse_tensor(const std::string& name, const Json& entry, uint64_t first, uint64_t end) {
   if (entry.kind != Json::Kind::kObject) fail("tensor '" + name + "' is no object");
-  TensorView tensor;
+  TensorPlace tensor;
   const std::string& dtype = field(entry, name, "dtype", Json::Kind::kString).text;
   tensor.dtype = dtype_stored(dtype);
   if (!tensor.dtype) fail("tensor '" + name + "' has the unknown dtype " + dtype);
   for (uint64_t size : numbers(field(entry, name, "shape", Json::Kind::kArray), name)) tensor.shape.push_back(static_cast<int64_t>(size));
   const auto offsets = numbers(field(entry, name, "data_offsets", Json::Kind::kArray), name);
-  if (offsets.size() != 2 || offsets[0] > offsets[1] || offsets[1] > data.size()) fail("tensor '" + name + "' lies outside of the file");
+  if (offsets.size() != 2 || offsets[0] > offsets[1] || offsets[1] > end - first) fail("tensor '" + name + "' lies outside of the file");
   uint64_t bytes;
   if (!byte_count(tensor.shape, *tensor.dtype, &bytes) || bytes != offsets[1] - offsets[0]) {
     fail("tensor '" + name + "' has " + std::to_string(offsets[1] - offsets[0]) + " bytes, which is not its shape's");
   }
-  *place = {offsets[0], offsets[1]};
-  tensor.bytes = data.substr(static_cast<size_t>(offsets[0]), static_cast<size_t>(bytes));
+  tensor.start = first + offsets[0];
+  tensor.bytes = bytes;
   return tensor;
 }
 
-void check_places(std::vector<Place> places, uint64_t size) {
-  std::sort(places.begin(), places.end(), [](const Place& a, const Place& b) { return std::tie(a.start, a.end) < std::tie(b.start, b.end); });
-  uint64_t at = 0;
-  for (const Place& place : places) {
-    if (place.start != at) fail("its tensors overlap or leave bytes unused");
-    at = place.end;
+void check_places(const std::map<std::string, TensorPlace>& tensors, uint64_t first, uint64_t end) {
+  std::vector<std::pair<uint64_t, uint64_t>> places;
+  for (const auto& [name, tensor] : tensors) places.emplace_back(tensor.start, tensor.start + tensor.bytes);
+  std::sort(places.begin(), places.end());
+  uint64_t at = first;
+  for (const auto& [start, stop] : places) {
+    if (start != at) fail("its tensors overlap or leave bytes unused");
+    at = stop;
   }
-  if (at != size) fail("it has " + std::to_string(size) + " bytes of values and its tensors take " + std::to_string(at));
+  if (at != end) fail("it has " + std::to_string(end - first) + " bytes of values and its tensors take " + std::to_string(at - first));
 }
 
 std::map<std::string, std::string> metadata(const Json& object) {
@@ -134,24 +133,35 @@ std::string shown(const Shape& shape) {
   return text + "]";
 }
 
-TensorFile parse_tensors(std::string_view data) {
-  if (data.size() < 8) fail("it has " + std::to_string(data.size()) + " bytes, too few for a header");
+uint64_t header_length(std::string_view first, uint64_t size) {
+  if (first.size() < kLengthBytes || size < kLengthBytes) fail("it has " + std::to_string(size) + " bytes, too few for a header");
   uint64_t length = 0;
-  for (int i = 0; i < 8; ++i) length |= uint64_t{static_cast<uint8_t>(data[static_cast<size_t>(i)])} << (8 * i);
-  if (length > kMostJsonBytes || length > data.size() - 8) fail("its header of " + std::to_string(length) + " bytes lies outside of the file");
-  const Json header = parse_json(data.substr(8, static_cast<size_t>(length)));
+  for (size_t i = 0; i < kLengthBytes; ++i) length |= uint64_t{static_cast<uint8_t>(first[i])} << (8 * i);
+  if (length > kMostJsonBytes || length > size - kLengthBytes) fail("its header of " + std::to_string(length) + " bytes lies outside of the file");
+  return length;
+}
+
+TensorHeader parse_header(std::string_view text, uint64_t size) {
+  const Json header = parse_json(text);
   if (header.kind != Json::Kind::kObject) fail("its header is no object");
-  const std::string_view values = data.substr(8 + static_cast<size_t>(length));
-  TensorFile file;
-  std::vector<Place> places;
+  const uint64_t first = kLengthBytes + text.size();
+  TensorHeader file;
   for (const auto& [name, value] : header.fields) {
     if (name == "__metadata__") {
       file.facts = metadata(value);
     } else {
-      file.tensors[name] = parse_tensor(name, value, values, &places.emplace_back());
+      file.tensors[name] = parse_tensor(name, value, first, size);
     }
   }
-  check_places(places, values.size());
+  check_places(file.tensors, first, size);
+  return file;
+}
+
+TensorFile parse_tensors(std::string_view data) {
+  const TensorHeader header = parse_header(data.substr(kLengthBytes, header_length(data, data.size())), data.size());
+  TensorFile file;
+  for (const auto& [name, place] : header.tensors) file.tensors[name] = {place.dtype, place.shape, data.substr(place.start, place.bytes)};
+  file.facts = header.facts;
   return file;
 }
 

@@ -45,8 +45,28 @@ struct TensorFile {
   std::map<std::string, std::string> facts;  // the file's metadata
 };
 
-// The tensors of a safetensors file in memory, which has to outlive them. As the reference implementation: every byte belongs to
-// exactly one tensor. Throws std::invalid_argument with the reason.
+// Where a tensor lies: ``start`` counts from the first byte of the file.
+struct TensorPlace {
+  const DType* dtype = nullptr;
+  Shape shape;
+  uint64_t start = 0, bytes = 0;
+};
+
+struct TensorHeader {
+  std::map<std::string, TensorPlace> tensors;
+  std::map<std::string, std::string> facts;
+};
+
+// A safetensors file of ``size`` bytes begins with the length of its header, in kLengthBytes. Throws std::invalid_argument where they
+// are too few or it does not fit.
+constexpr uint64_t kLengthBytes = 8;
+uint64_t header_length(std::string_view first, uint64_t size);
+
+// What the header, which comes next, says of a file of ``size`` bytes. As the reference implementation: every byte of values belongs
+// to exactly one tensor. Throws std::invalid_argument with the reason.
+TensorHeader parse_header(std::string_view text, uint64_t size);
+
+// The tensors of a safetensors file in memory, which has to outlive them. Throws as these.
 TensorFile parse_tensors(std::string_view data);
 
 // The bytes before those of the tensors, which follow in the order that ``order`` gets.
