@@ -368,6 +368,14 @@ def test_run_on_other_evaluation_data_and_few_samples(at, capsys):
     assert (code, result["samples"], result["evaluation"]["count"]) == (0, 8, 9)
 
 
+def test_run_says_what_becomes_of_images(at, capsys, tmp_path):
+    np.savez(tmp_path / "wide.npz", x=np.zeros((8, 16, 16, 1), "uint8"), y=np.zeros(8, int))
+    code, _, messages = outcome(capsys, "run", "out", "--data", tmp_path / "wide.npz")
+    assert code == 0
+    assert "wide.npz: x: channels last (16x16x1) turned into channels first (1x16x16)\n" in messages
+    assert "wide.npz: x: 16x16 resized to 8x8\n" in messages
+
+
 def test_runs_that_cannot_start(at, capsys, tmp_path):
     run = ("run", "out", "--data")
     assert "no such file or folder" in refused(capsys, *run, "nowhere.npz")
@@ -378,7 +386,7 @@ def test_runs_that_cannot_start(at, capsys, tmp_path):
     np.savez(tmp_path / "test.npz", x_test=np.zeros((5, 1, 8, 8), "float32"), y_test=np.zeros(5, int))
     assert "test samples only; add --eval" in refused(capsys, *run, tmp_path / "test.npz")
     np.savez(tmp_path / "labels.npz", x=np.zeros((5, 1, 8, 8), "float32"), y=np.full(5, 9))
-    assert "the label 9" in refused(capsys, *run, tmp_path / "labels.npz")
+    assert "labels.npz: target 'y' has the label 9 in sample 0" in refused(capsys, *run, tmp_path / "labels.npz")
     assert "cannot write" in refused(capsys, *run, "data.npz", "--save", tmp_path / "no" / "folder")
 
 

@@ -169,6 +169,25 @@ def test_samples_go_along(tmp_path: Path, given: list[Path], programs: list, cap
     assert "--eval-data: needs --data" in capsys.readouterr().err
 
 
+def test_samples_that_a_board_would_refuse_are_refused_here(
+    tmp_path: Path, given: list[Path], programs: list, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = compiled(tmp_path, PI)
+    words = ["deploy", str(folder), "--device", PI.name, "-o", str(tmp_path / "pi.tar.gz"), "--data", str(tmp_path / "d.npz")]
+    words += [word for path in given for word in ("--wheel", str(path))]
+    x, y = np.zeros((7, toy.FEATURES)), np.array([0, 1, 2, 0, 1, toy.CLASSES, 0])
+    np.savez(tmp_path / "d.npz", x=x, y=y)
+    assert cli.main(words) == 1
+    assert f"d.npz: target 'y' has the label {toy.CLASSES} in sample 5 " in capsys.readouterr().err
+    np.savez(tmp_path / "d.npz", x=x[:3], y=y[:3])
+    assert cli.main(words) == 1
+    assert "3 samples to train on, and the step was compiled for 4 at a time" in capsys.readouterr().err
+    assert not (tmp_path / "pi.tar.gz").exists()
+    np.savez(tmp_path / "d.npz", x=x, y=y % toy.CLASSES)
+    assert cli.main(words) == 0
+    assert "3 of 7 samples are left out of every epoch: training needs whole batches of 4" in capsys.readouterr().out
+
+
 def test_an_unpacked_artifact_is_the_artifact(tmp_path: Path, given: list[Path], programs: list) -> None:
     deploy.deploy(compiled(tmp_path, PI), PI, tmp_path / "pi.tar.gz", given)
     with tarfile.open(tmp_path / "pi.tar.gz") as archive:
