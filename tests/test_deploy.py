@@ -185,7 +185,10 @@ def test_samples_that_a_board_would_refuse_are_refused_here(
     assert not (tmp_path / "pi.tar.gz").exists()
     np.savez(tmp_path / "d.npz", x=x, y=y % toy.CLASSES)
     assert cli.main(words) == 0
-    assert "3 of 7 samples are left out of every epoch: training needs whole batches of 4" in capsys.readouterr().out
+    messages = capsys.readouterr().out
+    assert "3 of 7 samples are left out of every epoch: training needs whole batches of 4" in messages
+    assert f"next: scp {tmp_path}/pi.tar.gz BOARD: and, there,\n  tar xzf pi.tar.gz && cd tvmtrain-{PI.name}\n" in messages
+    assert "  ./train.sh --data train.safetensors --epochs 3" in messages
 
 
 def test_an_unpacked_artifact_is_the_artifact(tmp_path: Path, given: list[Path], programs: list) -> None:

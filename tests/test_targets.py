@@ -134,6 +134,13 @@ def test_devices_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "install g++ " in lines["host"].missing
 
 
+def test_a_gpu_that_is_not_there_is_not_invented(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "has_gpu", lambda: False)
+    line = describe._device_line("cuda")
+    assert line.description == "no NVIDIA GPU found on this machine; builds for sm_75"
+    assert line.cores == 0
+
+
 def test_without_the_compiler_devices_are_listed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TVM_USE_RUNTIME_LIB", "1")
     lines = {line.name: line for line in describe.devices()}

@@ -410,7 +410,10 @@ def _compile(options: argparse.Namespace, out: Console) -> Outcome:
         f"of {flops(compiled.backward_flops)}"
     )
     out.line(f"by layer, and drawn: tvmtrain inspect {folder} --plot memory.svg")
-    out.line(f"next: tvmtrain run {folder} --data DATA.npz --epochs 5 --save NOW.safetensors")
+    if compiled.runs_here:
+        out.line(f"next: tvmtrain run {folder} --data DATA.npz --epochs 5 --save NOW.safetensors")
+    else:
+        out.line(f"next: tvmtrain deploy {folder} --device {compiled.device} --data DATA.npz -o {compiled.device}.tar.gz")
     return Outcome(0, compiled.to_dict())
 
 
@@ -705,6 +708,10 @@ def _deploy(options: argparse.Namespace, out: Console) -> Outcome:
     out.table(("file", ">bytes"), [(name, f"{count:,}") for name, count in bundle.files.items()])
     for note in bundle.notes:
         out.line(f"note: {note}")
+    given = "train.safetensors" if samples is not None and samples.train is not None else "DATA.safetensors"
+    out.line(f"next: scp {shlex.quote(bundle.path)} BOARD: and, there,")
+    out.line(f"  tar xzf {shlex.quote(Path(bundle.path).name)} && cd {bundle.root}")
+    out.line(f"  ./train.sh --data {given} --epochs 3 --shuffle --checkpoint now.safetensors --every 100 --resume")
     return Outcome(0, bundle.to_dict())
 
 

@@ -48,6 +48,11 @@ class Bundle:
     files: Mapping[str, int]
     notes: tuple[str, ...]
 
+    @property
+    def root(self) -> str:
+        """The folder that it unpacks into."""
+        return _root(self.device)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
@@ -77,11 +82,15 @@ def deploy(
     files |= {"train.sh": _text("train.sh"), "README.md": _readme(device, stored.manifest, notes)}
     files |= _samples(samples)
     glibc = _check_native(files, device)
-    packed = pack(files, f"tvmtrain-{device.name}")
+    packed = pack(files, _root(device.name))
     artifact.write_file(Path(output), packed)
     sizes = {name: len(files[name]) for name in sorted(files)}
     weights = sum(stored.manifest.state_bytes.get(role, 0) for role in artifact.MODEL_ROLES)
     return Bundle(str(output), device.name, len(packed), sum(sizes.values()), weights, glibc, sizes, notes)
+
+
+def _root(device: str) -> str:
+    return f"tvmtrain-{device}"
 
 
 def _samples(samples: Data | None) -> dict[str, bytes]:
