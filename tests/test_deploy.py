@@ -214,6 +214,7 @@ def test_the_readme_tells_of_this_artifact(tmp_path: Path, given: list[Path], pr
     assert "| `y` | target | [4] | int64 |" in text
     assert "glibc 2.36 or newer, and a processor with: asimd, fp" in text
     assert "CUDA" not in text
+    assert "Nothing has to be installed here" in text
     assert "$" not in text
 
 
@@ -270,6 +271,9 @@ def test_an_older_cuda_than_the_packages_is_said_with_the_recipe(tmp_path: Path,
     assert "lib/libtvm_runtime_cuda.so" not in bundle.files
     text = unpacked(tmp_path / "a.tar.gz")["tvmtrain-jetson-orin-nano/README.md"].decode()
     assert library in text
+    assert "Nothing has to be installed" not in text
+    assert "one thing before the first start: the GPU's library" in text
+    assert "a bundle for `jetson-orin-nano-cpu` needs nothing" in text
     assert f"--branch v{TVM} https://github.com/apache/tvm" in text
     assert "--target tvm_runtime tvm_runtime_cuda" in text
 
