@@ -132,6 +132,13 @@ def gpu(arch: str) -> Device:
     return replace(device, name=f"cuda-{arch}", target={**device.target, "arch": arch}, description=f"an NVIDIA GPU, {arch}")
 
 
+def has_gpu() -> bool:
+    """Whether TVM finds an NVIDIA GPU on this machine."""
+    from tvm.runtime import cuda
+
+    return bool(cuda(0).exist)
+
+
 def _check_kinds(device: Device) -> None:
     """Raise ``DeviceError`` for a field of the wrong kind, or a target without what the compiler asks of it."""
     for f in fields(device):
@@ -190,7 +197,7 @@ def _with_gpu(described: Mapping[str, Any], machine: Mapping[str, Any]) -> dict[
 
     target = {**described["target"], "host": machine["target"]}
     device = cuda(0)
-    if not device.exist:
+    if not has_gpu():
         return {**described, "target": target, "arch": machine["arch"]}
     target["arch"] = f"sm_{device.compute_version.replace('.', '')}"
     found = {"cores": int(device.multi_processor_count), "memory": int(device.total_global_memory or 0)}

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 
 import tvmtrain as tt
-from tvmtrain import artifact, cli, console, data, runtime, training
+from tvmtrain import artifact, cli, console, data, runtime, toolchain, training
 from tvmtrain.errors import InputError
 
 NETWORK = textwrap.dedent("""
@@ -46,6 +46,10 @@ NETWORK = textwrap.dedent("""
 
     def wrong():
         return 5
+
+    def in_a_pair():
+        model, x, y = with_batch()
+        return model, (x, y)
 
     def failing():
         raise KeyError("weights.bin")
@@ -138,6 +142,21 @@ def test_compile_says_what_it_built(at, capsys, tmp_path):
     assert "random:state" not in state.state
 
 
+def test_compile_for_a_board_goes_on_with_deploy(at, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(artifact, "machine", lambda: "riscv64")
+    _, result, messages = outcome(capsys, "compile", "network:with_example", "-o", tmp_path / "pi")
+    assert result["runs_here"] is False
+    assert f"next: tvmtrain deploy {tmp_path}/pi --device host --data DATA.npz -o host.tar.gz" in messages
+
+
+def test_devices_are_looked_at_before_the_model(at, capsys, monkeypatch, tmp_path):
+    words = ("compile", "network:failing", "-o", tmp_path / "out", "--device")
+    assert "no device named 'raspbery-pi-4b': did you mean raspberry-pi" in refused(capsys, *words, "raspbery-pi-4b")
+    monkeypatch.setattr(toolchain, "installed", lambda _: iter(()))
+    message = refused(capsys, *words, "jetson-orin-nano-cpu")
+    assert "nothing here links code for aarch64-linux-gnu: install g++-aarch64-linux-gnu" in message
+
+
 def test_compile_with_shapes_and_a_plan(at, capsys, tmp_path):
     plan = tmp_path / "plan.toml"
     plan.write_text('[layers."5"]\nweight = 1.0\n')
@@ -194,6 +213,7 @@ def test_models_that_cannot_be_compiled(at, capsys, tmp_path):
         "network:wrong": "returned int; want an nn.Module",
         "network:failing": r"failing\(\) failed: KeyError: 'weights.bin'",
         "network:small": "add --x",
+        "network:in_a_pair": r"cannot take an example of shape 4x1x8x8, 4: .*; a factory returns model, x, y: three values, not",
         "nowhere:small": "cannot be imported: ModuleNotFoundError",
         "nowhere.py:small": "no such file",
         "nowhere.pt2": "no such file",
@@ -368,6 +388,14 @@ def test_run_on_other_evaluation_data_and_few_samples(at, capsys):
     assert (code, result["samples"], result["evaluation"]["count"]) == (0, 8, 9)
 
 
+def test_run_says_what_becomes_of_images(at, capsys, tmp_path):
+    np.savez(tmp_path / "wide.npz", x=np.zeros((8, 16, 16, 1), "uint8"), y=np.zeros(8, int))
+    code, _, messages = outcome(capsys, "run", "out", "--data", tmp_path / "wide.npz")
+    assert code == 0
+    assert "wide.npz: x: channels last (16x16x1) turned into channels first (1x16x16)\n" in messages
+    assert "wide.npz: x: 16x16 resized to 8x8\n" in messages
+
+
 def test_runs_that_cannot_start(at, capsys, tmp_path):
     run = ("run", "out", "--data")
     assert "no such file or folder" in refused(capsys, *run, "nowhere.npz")
@@ -378,7 +406,7 @@ def test_runs_that_cannot_start(at, capsys, tmp_path):
     np.savez(tmp_path / "test.npz", x_test=np.zeros((5, 1, 8, 8), "float32"), y_test=np.zeros(5, int))
     assert "test samples only; add --eval" in refused(capsys, *run, tmp_path / "test.npz")
     np.savez(tmp_path / "labels.npz", x=np.zeros((5, 1, 8, 8), "float32"), y=np.full(5, 9))
-    assert "the label 9" in refused(capsys, *run, tmp_path / "labels.npz")
+    assert "labels.npz: target 'y' has the label 9 in sample 0" in refused(capsys, *run, tmp_path / "labels.npz")
     assert "cannot write" in refused(capsys, *run, "data.npz", "--save", tmp_path / "no" / "folder")
 
 
@@ -498,7 +526,9 @@ def test_inspect_an_artifact_of_another_machine(at, capsys, tmp_path):
     code, result, messages = outcome(capsys, "inspect", tmp_path / "out")
     assert (code, result["runs_here"]) == (0, False)
     assert "not this machine" in messages
-    assert "compiled for riscv64" in refused(capsys, "run", tmp_path / "out", "--data", "data.npz")
+    message = refused(capsys, "run", tmp_path / "out", "--data", "data.npz")
+    assert "compiled for riscv64" in message
+    assert "build it for this machine: tvmtrain compile MODEL -o FOLDER" in message
 
 
 def test_inspect_refuses_what_is_damaged(at, capsys, tmp_path):

@@ -203,6 +203,60 @@ def test_arrays_that_do_not_fit(tmp_path, arrays, message):
         read(save(tmp_path / "d.npz", **arrays))
 
 
+def test_what_becomes_of_images_is_told(tmp_path):
+    path = save(tmp_path / "d.npz", x=images().transpose(0, 3, 1, 2), y=labels())
+    assert read(path).notes == ()
+    path = save(tmp_path / "d.npz", x=images(height=16, width=15), y=labels(), x_test=images(2), y_test=labels(2))
+    turned = f"{path}: x: channels last (16x15x3) turned into channels first (3x16x15)"
+    assert read(path).limited(3).notes == (
+        *(turned, f"{path}: x: 16x15 resized to 8x8"),
+        f"{path}: x: channels last (8x8x3) turned into channels first (3x8x8)",
+    )
+
+
+def test_arrays_are_not_stretched(tmp_path):
+    path = save(tmp_path / "d.npz", x=images(height=4, width=8).transpose(0, 3, 1, 2), y=labels())
+    with pytest.raises(InputError, match=r"d\.npz: 'x' has images of 4x8 and the step takes 8x8.*crop or pad.*--x 4x3x4x8"):
+        read(path)
+    assert read(path, image_manifest(height=12, width=24)).notes == (f"{path}: x: 4x8 resized to 12x24",)
+
+
+def test_a_folder_says_once_that_images_are_resized(tmp_path):
+    folder_of_images(tmp_path)
+    assert read(tmp_path).notes == (f"{tmp_path}: 9 images of other sizes resized to 8x8, whatever their shape",)
+    assert read(tmp_path, image_manifest(height=11, width=12)).notes[0].startswith(f"{tmp_path}: 6 images of other sizes")
+
+
+def changed(array: np.ndarray, at: tuple[int, ...], value: float) -> np.ndarray:
+    array = array.copy()
+    array[at] = value
+    return array
+
+
+FLOATS = np.zeros((2000, 3, 8, 8), "float32")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"y": changed(labels(2000), (1500,), 3)}, r"target 'y' has the label 3 in sample 1500 .*want 0\.\.2, or -100 to be"),
+        ({"y": changed(labels(2000), (7,), -1)}, r"the label -1 in sample 7 "),
+        ({"y": labels(2000).astype("float32")}, r"target 'y' has dtype float32; want int64; want class numbers"),
+        ({"y": np.zeros((2000, 3), int)}, r"target 'y' has samples of shape \(3,\); want \(\)"),
+        ({"x": changed(FLOATS, (1999, 2, 3, 4), np.nan)}, r"'x' has 1 NaN .* the first nan in sample 1999 at \(2, 3, 4\)"),
+        ({"x": changed(FLOATS.astype("float64"), (0, 0, 0, 0), 1e300)}, r"the first inf in sample 0 at \(0, 0, 0\)"),
+    ],
+    ids=["label", "label below 0", "labels of another dtype", "labels of another shape", "NaN", "beyond float32"],
+)
+def test_every_sample_is_looked_at_before_the_first_step(tmp_path, arrays, message):
+    with pytest.raises(InputError, match=rf"d\.npz: .*{message}"):
+        read(save(tmp_path / "d.npz", **{"x": FLOATS, "y": labels(2000)} | arrays))
+
+
+def test_labels_to_be_ignored_are_labels(tmp_path):
+    assert len(read(save(tmp_path / "d.npz", x=images(), y=changed(labels(), (4,), -100))).train) == 10
+
+
 def test_files_that_are_no_npz(tmp_path):
     with pytest.raises(InputError, match="no such file or folder"):
         read(tmp_path / "nowhere.npz")
@@ -230,7 +284,7 @@ def written(folder: Path, x: np.ndarray, **how) -> tuple[data.Dataset, data.Data
 
 @pytest.mark.parametrize(
     ("x", "stays"),
-    [(images(), True), (images(height=5, width=7), False), (images().astype("float32"), False)],
+    [(images(), True), (images(height=5, width=5), False), (images().astype("float32"), False)],
     ids=["bytes", "bytes of another size", "floats"],
 )
 def test_a_boards_file_has_the_same_samples(tmp_path, x, stays):

@@ -169,6 +169,28 @@ def test_samples_go_along(tmp_path: Path, given: list[Path], programs: list, cap
     assert "--eval-data: needs --data" in capsys.readouterr().err
 
 
+def test_samples_that_a_board_would_refuse_are_refused_here(
+    tmp_path: Path, given: list[Path], programs: list, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = compiled(tmp_path, PI)
+    words = ["deploy", str(folder), "--device", PI.name, "-o", str(tmp_path / "pi.tar.gz"), "--data", str(tmp_path / "d.npz")]
+    words += [word for path in given for word in ("--wheel", str(path))]
+    x, y = np.zeros((7, toy.FEATURES)), np.array([0, 1, 2, 0, 1, toy.CLASSES, 0])
+    np.savez(tmp_path / "d.npz", x=x, y=y)
+    assert cli.main(words) == 1
+    assert f"d.npz: target 'y' has the label {toy.CLASSES} in sample 5 " in capsys.readouterr().err
+    np.savez(tmp_path / "d.npz", x=x[:3], y=y[:3])
+    assert cli.main(words) == 1
+    assert "3 samples to train on, and the step was compiled for 4 at a time" in capsys.readouterr().err
+    assert not (tmp_path / "pi.tar.gz").exists()
+    np.savez(tmp_path / "d.npz", x=x, y=y % toy.CLASSES)
+    assert cli.main(words) == 0
+    messages = capsys.readouterr().out
+    assert "3 of 7 samples are left out of every epoch: training needs whole batches of 4" in messages
+    assert f"next: scp {tmp_path}/pi.tar.gz BOARD: and, there,\n  tar xzf pi.tar.gz && cd tvmtrain-{PI.name}\n" in messages
+    assert "  ./train.sh --data train.safetensors --epochs 3" in messages
+
+
 def test_an_unpacked_artifact_is_the_artifact(tmp_path: Path, given: list[Path], programs: list) -> None:
     deploy.deploy(compiled(tmp_path, PI), PI, tmp_path / "pi.tar.gz", given)
     with tarfile.open(tmp_path / "pi.tar.gz") as archive:
@@ -192,6 +214,7 @@ def test_the_readme_tells_of_this_artifact(tmp_path: Path, given: list[Path], pr
     assert "| `y` | target | [4] | int64 |" in text
     assert "glibc 2.36 or newer, and a processor with: asimd, fp" in text
     assert "CUDA" not in text
+    assert "Nothing has to be installed here" in text
     assert "$" not in text
 
 
@@ -248,6 +271,9 @@ def test_an_older_cuda_than_the_packages_is_said_with_the_recipe(tmp_path: Path,
     assert "lib/libtvm_runtime_cuda.so" not in bundle.files
     text = unpacked(tmp_path / "a.tar.gz")["tvmtrain-jetson-orin-nano/README.md"].decode()
     assert library in text
+    assert "Nothing has to be installed" not in text
+    assert "one thing before the first start: the GPU's library" in text
+    assert "a bundle for `jetson-orin-nano-cpu` needs nothing" in text
     assert f"--branch v{TVM} https://github.com/apache/tvm" in text
     assert "--target tvm_runtime tvm_runtime_cuda" in text
 

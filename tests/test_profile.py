@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 import tvmtrain as tt
-from tvmtrain import artifact, cli, profile, roofline, runtime
+from tvmtrain import artifact, cli, console, profile, roofline, runtime
 from tvmtrain.costs import Kernel
 from tvmtrain.errors import ArtifactError, DeviceError
 from tvmtrain.profile import Call
@@ -149,6 +150,22 @@ def test_the_command_writes_a_table_a_trace_and_a_picture(folder, capsys, tmp_pa
 
     texts = {"".join(e.itertext()).strip() for e in ElementTree.parse(picture).iter("{http://www.w3.org/2000/svg}text")}
     assert {"100 GFLOP/s", "20.0 GB/s", "operations per byte"} <= texts
+
+
+def test_long_names_fit_a_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "130")
+    name = "fused_conv2d_" + "add_relu_" * 20 + "17"
+    kernel = profile.KernelTime(name, 2, 10.0, 100, 100, 5.0, "memory")
+    profile.show(profile.Profile("out", 1, 1, 12.0, (kernel,), 1.0, (), PEAK), console.Console())
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 130
+    row = next(line for line in lines if line.startswith("fused"))
+    assert re.match(r"fused_conv2d_add_relu_\w*\.\.\w*relu_17 +2 ", row)
+
+
+@pytest.mark.parametrize(("width", "short"), [(9, "abcdefghi"), (8, "abc..ghi"), (7, "abc..hi"), (4, "a..i")])
+def test_names_lose_their_middle(width, short):
+    assert console.shortened("abcdefghi", width) == short
 
 
 def test_profiles_that_cannot_be_made(folder, capsys, tmp_path):

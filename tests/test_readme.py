@@ -1,4 +1,4 @@
-"""The README is a program: its code blocks run, its commands are the ones CI uses, its code map is complete."""
+"""The README is a program: its code blocks run, its commands are the ones CI uses; CONTRIBUTING.md's code map is complete."""
 
 from __future__ import annotations
 
@@ -12,22 +12,13 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, CONTRIBUTING = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md"))
 INSTALL = "pip install -e '.[dev]'"
 
-FACTORY = """
-import torch
 
-def factory():
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 10))
-    return model, torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)
-"""
-
-
-def blocks(language: str) -> list[str]:
+def blocks(language: str, page: str = README) -> list[str]:
     """The fenced blocks of a language, in order."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
     return [text for name, text in found if name == language]
 
 
@@ -38,7 +29,7 @@ def commands() -> list[str]:
 
 def test_the_python_blocks_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    first, second = blocks("python")
+    first, _, second = blocks("python")
     names: dict = {}
     exec(compile(first, "README.md", "exec"), names)
     assert names["losses"][-1] < names["losses"][0] / 2
@@ -49,13 +40,13 @@ def test_the_python_blocks_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     np.testing.assert_allclose(trained.predict(names["x"]), names["model"](names["x"]).detach().numpy(), rtol=1e-3, atol=1e-4)
     exec(compile(second, "README.md", "exec"), names)
     assert names["partial"][-1] < names["partial"][0]
+    assert names["tt"].UpdatePlan.from_toml(blocks("toml")[0]) == names["plan"]
     summary = names["small"].summary(against=names["graph"])
     assert summary.backward_flops < 0.5 * summary.against.backward_flops
 
 
 def test_the_shell_block_runs(tmp_path: Path) -> None:
-    (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "module.py").write_text(FACTORY)
+    (tmp_path / "net.py").write_text(blocks("python")[1])
     random = np.random.default_rng(0)
     for name in ("train", "test"):
         images = random.integers(0, 256, (9, 8, 8, 3), dtype=np.uint8)
@@ -86,7 +77,7 @@ def test_ci_uses_the_readmes_commands() -> None:
 
 
 def test_the_code_map_names_what_there_is() -> None:
-    code_map = next(block for block in blocks("") if block.startswith("tvmtrain/errors.py"))
+    code_map = next(block for block in blocks("", CONTRIBUTING) if block.startswith("tvmtrain/errors.py"))
     named = {line.split()[0].rstrip("/") for line in code_map.splitlines()}
     private = {"__init__.py", "__main__.py", "__pycache__", "passes", "schedules", "targets", "py.typed"}
     there = {f"tvmtrain/{path.name}" for path in (ROOT / "tvmtrain").iterdir() if path.name not in private}

@@ -243,13 +243,24 @@ def test_another_key_is_refused_by_name(start: Start, kind: str) -> None:
 
 
 def test_nobody_there() -> None:
-    with pytest.raises(RemoteError, match=r"127\.0\.0\.1:1 cannot be reached"):
+    with pytest.raises(
+        RemoteError, match=r"^127\.0\.0\.1:1 cannot be reached: nothing listens there; start `tvmtrain serve`.*-serve of"
+    ):
         remote.connect("127.0.0.1:1")
+    with pytest.raises(
+        RemoteError, match=r"^board\.invalid:9090 cannot be reached: .* does not know the name 'board\.invalid' \("
+    ):
+        remote.connect("board.invalid:9090")
     with pytest.raises(RemoteError, match=r"no tracker answers at 127\.0\.0\.1:1"):
         remote.connect_through("127.0.0.1:1", KEY)
     for text in ("nowhere", "host:", "host:99999", ":1"):
         with pytest.raises(RemoteError, match="want host:port"):
             remote.connect(text)
+
+
+def test_places_in_tvms_source_are_not_told() -> None:
+    text = "Traceback\nCheck failed: (sig == 0 && f(x)) is false: cannot obtain address"
+    assert remote._reason(RuntimeError(text)) == "cannot obtain address"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -468,7 +468,7 @@ def test_the_runtime_needs_neither_pytorch_nor_the_compiler(tmp_path, step):
     assert report["losses"] == [step(X, Y) for _ in range(3)]
     assert report["evaluation"] == step.evaluate(X, Y)
     assert report["foreign"] == []
-    ours = ("artifact", "batches", "costs", "errors", "features", "gpu_code", "losses", "runtime", "selection")
+    ours = ("artifact", "batches", "checks", "costs", "errors", "features", "gpu_code", "losses", "runtime", "selection")
     assert report["ours"] == ["tvmtrain", *(f"tvmtrain.{name}" for name in ours)]
     assert result.stderr == ""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from tvm.target import Target
 
+import tvmtrain as tt
 from tvmtrain import cli, cuda_compiler, describe, features, targets, toolchain
 from tvmtrain.errors import DeviceError
 from tvmtrain.targets import Device
@@ -134,6 +135,13 @@ def test_devices_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "install g++ " in lines["host"].missing
 
 
+def test_a_gpu_that_is_not_there_is_not_invented(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "has_gpu", lambda: False)
+    line = describe._device_line("cuda")
+    assert line.description == "no NVIDIA GPU found on this machine; builds for sm_75"
+    assert line.cores == 0
+
+
 def test_without_the_compiler_devices_are_listed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TVM_USE_RUNTIME_LIB", "1")
     lines = {line.name: line for line in describe.devices()}
@@ -142,8 +150,18 @@ def test_without_the_compiler_devices_are_listed_all_the_same(monkeypatch: pytes
     assert {line.missing for line in lines.values()} == {"install the compiler (pip install 'tvmtrain[compile]')"}
 
 
+PAGE = (Path(__file__).resolve().parents[1] / "targets" / "README.md").read_text()
+
+
+def test_the_pages_model_and_plan_fit_each_other() -> None:
+    names: dict = {}
+    exec(re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.DOTALL | re.MULTILINE)[0], names)
+    plan = tt.UpdatePlan.from_toml(re.findall(r"^```toml\n(.*?)^```$", PAGE, flags=re.DOTALL | re.MULTILINE)[0])
+    assert set(tt.trace(*names["factory"]()).apply(plan).trained) == {"0.weight", "0.bias", "4.weight", "4.bias"}
+
+
 def test_the_pages_commands_are_commands() -> None:
-    text = (Path(__file__).resolve().parents[1] / "targets" / "README.md").read_text()
+    text = PAGE
     blocks = re.findall(r"^```sh\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
     commands = [
         shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line.startswith("tvmtrain ")

@@ -283,15 +283,16 @@ def check_machine(
     name = manifest.device.get("name", "?")
     if arch is None:
         arch, has = machine(), features.offered()
+    command = f"tvmtrain compile MODEL{'' if where == 'this machine' else ' --device NAME'} -o FOLDER"
     wanted, here = _architecture(str(manifest.device.get("arch", "unknown"))), _architecture(arch)
     if wanted != here:
         raise ArtifactError(
-            f"{LIBRARY} was compiled for {wanted} (device {name!r}) and {where} is {here}; build it for {where}"
+            f"{LIBRARY} was compiled for {wanted} (device {name!r}) and {where} is {here}; build it for {where}: {command}"
         )
     if has is not None and (missing := [need for need in manifest.features if need not in has]):
         raise ArtifactError(
             f"{LIBRARY} was compiled for a newer processor (device {name!r}): {where}, {here}, lacks {', '.join(missing)}; "
-            f"build it for {where}"
+            f"build it for {where}: {command}"
         )
 
 

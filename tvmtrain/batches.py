@@ -57,3 +57,17 @@ def wrong_shape(spec: TensorSpec, got: tuple[int, ...], batch: int) -> str:
             f": training needs batches of exactly {batch} samples, the compiled size; predict and evaluate take any number"
         )
     return message
+
+
+def per_epoch(count: int, batch: int) -> int:
+    """Training steps in an epoch of ``count`` samples. Raises ``InputError`` where they are no whole batch."""
+    if count < batch:
+        raise InputError(f"{count} samples to train on, and the step was compiled for {batch} at a time; give more")
+    return count // batch
+
+
+def left_out(count: int, batch: int) -> str:
+    """What to tell where an epoch does not take all of ``count`` samples; "" where it does."""
+    if not (rest := count % batch):
+        return ""
+    return f"{rest} of {count} samples are left out of every epoch: training needs whole batches of {batch}"

@@ -410,7 +410,10 @@ def _compile(options: argparse.Namespace, out: Console) -> Outcome:
         f"of {flops(compiled.backward_flops)}"
     )
     out.line(f"by layer, and drawn: tvmtrain inspect {folder} --plot memory.svg")
-    out.line(f"next: tvmtrain run {folder} --data DATA.npz --epochs 5 --save NOW.safetensors")
+    if compiled.runs_here:
+        out.line(f"next: tvmtrain run {folder} --data DATA.npz --epochs 5 --save NOW.safetensors")
+    else:
+        out.line(f"next: tvmtrain deploy {folder} --device {compiled.device} --data DATA.npz -o {compiled.device}.tar.gz")
     return Outcome(0, compiled.to_dict())
 
 
@@ -455,7 +458,7 @@ def _run(options: argparse.Namespace, out: Console) -> Outcome:
 
     board = _board(options)
     step = _loaded(options, board)
-    samples = _samples(options, step.manifest)
+    samples = _samples(options, step.manifest, out)
     if options.resume is not None:
         step.restore(options.resume)
     if options.eval:
@@ -523,8 +526,15 @@ def _home(options: argparse.Namespace) -> Path:
     return options.save or options.artifact / "remote.safetensors"
 
 
-def _samples(options: argparse.Namespace, manifest: Manifest) -> Data:
-    """The samples of --data, with those of --eval-data to evaluate on."""
+def _samples(options: argparse.Namespace, manifest: Manifest, out: Console) -> Data:
+    """The samples of --data, with those of --eval-data to evaluate on; what becomes of their images is said."""
+    samples = _read_samples(options, manifest)
+    for note in samples.notes:
+        out.line(note)
+    return samples
+
+
+def _read_samples(options: argparse.Namespace, manifest: Manifest) -> Data:
     from tvmtrain import data
 
     how: dict[str, Any] = {"keys": options.keys, "normalization": data.Normalization(options.mean, options.std)}
@@ -534,7 +544,8 @@ def _samples(options: argparse.Namespace, manifest: Manifest) -> Data:
     other = data.load(options.eval_data, manifest, **how)
     if samples.classes and other.classes and samples.classes != other.classes:
         raise InputError(f"{options.eval_data}: classes {other.classes} are not those of {options.data}: {samples.classes}")
-    return data.Data(samples.train, other.evaluation, samples.classes).limited(options.limit)
+    together = data.Data(samples.train, other.evaluation, samples.classes, samples.notes + other.notes)
+    return together.limited(options.limit)
 
 
 def _evaluate_only(step: Any, samples: Any, out: Console) -> Outcome:
@@ -688,14 +699,30 @@ def _deploy(options: argparse.Namespace, out: Console) -> Outcome:
         raise UsageError("--eval-data: needs --data")
     samples = None
     if options.data is not None:
-        samples = _samples(options, artifact.read(options.artifact, foreign=True).manifest)
+        manifest = artifact.read(options.artifact, foreign=True).manifest
+        samples = _samples(options, manifest, out)
+        _say_left_out(samples, manifest, out)
     with out.working(f"packing {options.artifact} for {options.device}"):
         bundle = deploy.deploy(options.artifact, options.device, options.output, options.wheel, samples)
     out.line(f"{bundle.path}: {size(bundle.packed)}, unpacked {size(bundle.unpacked)}, of which weights {size(bundle.weights)}")
     out.table(("file", ">bytes"), [(name, f"{count:,}") for name, count in bundle.files.items()])
     for note in bundle.notes:
         out.line(f"note: {note}")
+    given = "train.safetensors" if samples is not None and samples.train is not None else "DATA.safetensors"
+    out.line(f"next: scp {shlex.quote(bundle.path)} BOARD: and, there,")
+    out.line(f"  tar xzf {shlex.quote(Path(bundle.path).name)} && cd {bundle.root}")
+    out.line(f"  ./train.sh --data {given} --epochs 3 --shuffle --checkpoint now.safetensors --every 100 --resume")
     return Outcome(0, bundle.to_dict())
+
+
+def _say_left_out(samples: Data, manifest: Manifest, out: Console) -> None:
+    """As the board's runner will. Raises ``InputError`` for too few samples to train on."""
+    from tvmtrain import batches
+
+    if samples.train is not None:
+        batches.per_epoch(len(samples.train), manifest.batch)
+        if rest := batches.left_out(len(samples.train), manifest.batch):
+            out.line(rest)
 
 
 def _boards(options: argparse.Namespace, out: Console) -> Fleet | None:

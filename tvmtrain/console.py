@@ -171,6 +171,14 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}%"
 
 
+def shortened(text: str, width: int) -> str:
+    """``text`` in ``width`` characters, without its middle where it is longer."""
+    if len(text) <= width:
+        return text
+    end = (width - 2) // 2
+    return f"{text[: width - 2 - end]}..{text[len(text) - end :]}"
+
+
 def number(value: float) -> str:
     """A loss: four digits after the point, or an exponent."""
     return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or not value else f"{value:.3e}"

@@ -2,7 +2,8 @@
 
 Samples stay as they are stored (images as bytes) until their batch is asked for. What happens then, in this order, so that
 another program can do the same: channels first; uint8 / 255; resized to the compiled height and width, if it differs, by
-``resize``; (x - mean) / std. A board's file (``encoded``) has this done, but for images that stay bytes and their numbers beside them.
+``resize``; (x - mean) / std. ``Data.notes`` tell of the first and the third; arrays are not stretched to another shape. A board's
+file (``encoded``) has this done, but for images that stay bytes and their numbers beside them.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors import numpy as tensor_file
 
-from tvmtrain import artifact
-from tvmtrain.artifact import Manifest, TensorSpec
+from tvmtrain import artifact, checks
+from tvmtrain.artifact import LossSpec, Manifest, TensorSpec
 from tvmtrain.errors import InputError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 SUFFIX = ".safetensors"  # of a board's file
+CHECKED_AT_ONCE = 1024  # samples
 TRAIN_FOLDERS = ("train", "training")
 TEST_FOLDERS = ("test", "val", "validation", "valid")
 
@@ -95,11 +97,15 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Data:
-    """What a file or folder holds: samples to train on, samples to evaluate on, either possibly None; names of classes."""
+    """What a file or folder holds: samples to train on, samples to evaluate on, either possibly None; names of classes.
+
+    ``notes`` tell what becomes of images that are not stored as the step takes them.
+    """
 
     train: Dataset | None
     test: Dataset | None
     classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def evaluation(self) -> Dataset | None:
@@ -109,7 +115,7 @@ class Data:
     def limited(self, count: int | None) -> Data:
         """At most ``count`` samples of each."""
         train, test = (part.limited(count) if part is not None else None for part in (self.train, self.test))
-        return Data(train, test, self.classes)
+        return replace(self, train=train, test=test)
 
 
 def load(
@@ -120,7 +126,7 @@ def load(
     An .npz has, for an input named x and a target y, x and y (or x_train and y_train), and x_test and y_test to evaluate on;
     ``keys`` maps these names to others. A .safetensors file has the same, as ``tvmtrain-run`` takes them: what is not bytes is ready,
     and it says itself how bytes are normalized. A folder has one folder of images per class, sorted by name, or train/ and test/ of
-    such. Raises ``InputError`` for what is missing or does not fit the step.
+    such. Raises ``InputError`` for what is missing or does not fit the step, in any sample: shapes, dtypes, NaN, labels.
     """
     path, normalization = Path(path), normalization or Normalization()
     if not path.exists():
@@ -135,7 +141,9 @@ def load(
     if ready:
         normalization = _own_normalization(path, normalization)
     train, test = (_dataset(part, specs, normalization, ready, path) for part in (found.train, found.test))
-    data = Data(train, test, found.classes)
+    for part in (train, test):
+        _check(part, manifest.loss, path)
+    data = Data(train, test, found.classes, found.notes or _changes(train, path) + _changes(test, path))
     if data.evaluation is None:
         raise InputError(f"{path}: no samples in it")
     return data
@@ -183,6 +191,7 @@ class _Found:
     train: tuple[np.ndarray, ...]
     test: tuple[np.ndarray, ...]
     classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def _dataset(
@@ -201,6 +210,63 @@ def _dataset(
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     return dataset
+
+
+def _check(dataset: Dataset | None, loss: LossSpec, path: Path) -> None:
+    """Raise ``InputError`` for the first sample that a step would refuse, hours later perhaps, and on a board."""
+    pairs = zip((*dataset.inputs, *dataset.targets), dataset.specs, strict=True) if dataset is not None else ()
+    for array, spec in pairs:
+        as_is = spec.role == "target" or np.dtype(spec.dtype).kind != "f"  # other inputs were looked at by ``prepare``
+        for first in range(0, len(array), CHECKED_AT_ONCE):
+            samples = array[first : first + CHECKED_AT_ONCE]
+            try:
+                if as_is:
+                    samples = prepare(samples, spec, Normalization())
+                    _check_shape(samples, spec)
+                if as_is or samples.dtype.kind == "f":
+                    samples = checks.cast(samples, spec)
+                checks.check(spec, samples, loss, first)
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from error
+
+
+def _check_shape(samples: np.ndarray, spec: TensorSpec) -> None:
+    if samples.shape[1:] != spec.shape[1:]:
+        raise InputError(f"{spec.role} {spec.name!r} has samples of shape {samples.shape[1:]}; want {spec.shape[1:]}")
+
+
+def _changes(dataset: Dataset | None, path: Path) -> tuple[str, ...]:
+    """What ``prepare`` does to the stored images. Raises ``InputError`` where it would stretch them."""
+    if dataset is None:
+        return ()
+    notes = []
+    for array, spec in zip(dataset.inputs, dataset.specs, strict=False):
+        if len(spec.shape) != 4 or np.dtype(spec.dtype).kind != "f":
+            continue
+        images = _channels_first(array, spec)
+        if images is not array and array.ndim == 4:
+            stored, made = ("x".join(map(str, shape[1:])) for shape in (array.shape, images.shape))
+            notes.append(f"{path}: {spec.name}: channels last ({stored}) turned into channels first ({made})")
+        if images.shape[2:] != spec.shape[2:]:
+            _check_stretch(images.shape[2:], spec, path)
+            notes.append(f"{path}: {spec.name}: {_size(images.shape)} resized to {_size(spec.shape)}")
+    return tuple(notes)
+
+
+def _check_stretch(stored: tuple[int, ...], spec: TensorSpec, path: Path) -> None:
+    (height, width), (wanted_height, wanted_width) = stored, spec.shape[2:]
+    # A pixel more or less is rounding.
+    if min(abs(wanted_width * height / width - wanted_height), abs(wanted_height * width / height - wanted_width)) > 1:
+        batch, channels = spec.shape[:2]
+        raise InputError(
+            f"{path}: {spec.name!r} has images of {height}x{width} and the step takes {wanted_height}x{wanted_width}, which would "
+            f"stretch them: crop or pad them to this shape first, or compile for theirs (--x {batch}x{channels}x{height}x{width})"
+        )
+
+
+def _size(shape: Sequence[int]) -> str:
+    """Height and width."""
+    return f"{shape[-2]}x{shape[-1]}"
 
 
 # Files of named arrays.
@@ -286,8 +352,10 @@ def _read_folder(path: Path, specs: Sequence[TensorSpec], manifest: Manifest) ->
     if train is None and test is None:
         train = path
     classes = _classes(train or test or path, manifest)
-    parts = [_read_images(part, classes, specs[0]) if part is not None else () for part in (train, test)]
-    return _Found(parts[0], parts[1], classes)
+    parts = [_read_images(part, classes, specs[0]) if part is not None else ((), 0) for part in (train, test)]
+    resized = sum(count for _, count in parts)
+    note = f"{path}: {resized} images of other sizes resized to {_size(specs[0].shape)}, whatever their shape"
+    return _Found(parts[0][0], parts[1][0], classes, (note,) if resized else ())
 
 
 def _first_folder(path: Path, names: Iterable[str]) -> Path | None:
@@ -303,25 +371,27 @@ def _classes(path: Path, manifest: Manifest) -> tuple[str, ...]:
     return classes
 
 
-def _read_images(path: Path, classes: Sequence[str], spec: TensorSpec) -> tuple[np.ndarray, ...]:
-    """(bytes [N, H, W, C] of the compiled size, class numbers [N])."""
+def _read_images(path: Path, classes: Sequence[str], spec: TensorSpec) -> tuple[tuple[np.ndarray, ...], int]:
+    """(bytes [N, H, W, C] of the compiled size, class numbers [N]), and how many images had another size."""
     files = [(file, number) for number, name in enumerate(classes) for file in _files(path / name)]
     if not files:
         raise InputError(f"{path}: no images ({', '.join(IMAGES)}) in the folders {', '.join(classes[:5])}")
     if unknown := sorted(child.name for child in path.iterdir() if child.is_dir() and child.name not in classes):
         raise InputError(f"{path}: folders {', '.join(unknown[:5])} are no classes of the training set")
     _, channels, height, width = spec.shape
-    images = np.empty((len(files), height, width, channels), "uint8")
+    images, resized = np.empty((len(files), height, width, channels), "uint8"), 0
     for i, (file, _) in enumerate(files):
-        images[i] = _read_image(file, channels, height, width)
-    return images, np.array([number for _, number in files], "int64")
+        images[i], other = _read_image(file, channels, height, width)
+        resized += other
+    return (images, np.array([number for _, number in files], "int64")), resized
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGES) if folder.is_dir() else []
 
 
-def _read_image(file: Path, channels: int, height: int, width: int) -> np.ndarray:
+def _read_image(file: Path, channels: int, height: int, width: int) -> tuple[np.ndarray, bool]:
+    """Bytes [H, W, C], and whether the file has another size."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -331,10 +401,11 @@ def _read_image(file: Path, channels: int, height: int, width: int) -> np.ndarra
         raise InputError(f"the model takes {channels} channels; image files have 1, 3 or 4: use an .npz file")
     try:
         with Image.open(file) as image:
+            other = image.size != (width, height)
             small = image.convert(modes[channels]).resize((width, height), Image.Resampling.BILINEAR)
     except OSError as error:
         raise InputError(f"{file}: not a readable image: {error}") from error
-    return np.asarray(small).reshape(height, width, channels)
+    return np.asarray(small).reshape(height, width, channels), other
 
 
 # From stored samples to what the step takes.
@@ -352,7 +423,8 @@ def prepare(samples: np.ndarray, spec: TensorSpec, normalization: Normalization)
         x = x.astype("float32") / np.float32(255)
     if x.dtype.kind != "f":
         raise InputError(f"{spec.name!r} has dtype {samples.dtype}; want uint8 images, or floats")
-    x = x.astype("float32", copy=False)
+    with np.errstate(over="ignore"):  # what does not fit is told with its sample
+        x = x.astype("float32", copy=False)
     if len(spec.shape) == 4:
         x = resize(x, *spec.shape[2:])
     if x.shape[1:] != spec.shape[1:]:

@@ -48,6 +48,11 @@ class Bundle:
     files: Mapping[str, int]
     notes: tuple[str, ...]
 
+    @property
+    def root(self) -> str:
+        """The folder that it unpacks into."""
+        return _root(self.device)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
@@ -74,14 +79,18 @@ def deploy(
     _check_device(stored.manifest, device, folder)
     files, notes = _native_files(device, stored.manifest, given)
     files |= {f"artifact/{name}": data for name, data in artifact.contents(folder).items()}
-    files |= {"train.sh": _text("train.sh"), "README.md": _readme(device, stored.manifest, notes)}
+    files |= {"train.sh": _text("train.sh"), "README.md": _readme(device, stored.manifest, notes, files)}
     files |= _samples(samples)
     glibc = _check_native(files, device)
-    packed = pack(files, f"tvmtrain-{device.name}")
+    packed = pack(files, _root(device.name))
     artifact.write_file(Path(output), packed)
     sizes = {name: len(files[name]) for name in sorted(files)}
     weights = sum(stored.manifest.state_bytes.get(role, 0) for role in artifact.MODEL_ROLES)
     return Bundle(str(output), device.name, len(packed), sum(sizes.values()), weights, glibc, sizes, notes)
+
+
+def _root(device: str) -> str:
+    return f"tvmtrain-{device}"
 
 
 def _samples(samples: Data | None) -> dict[str, bytes]:
@@ -230,7 +239,18 @@ def _text(name: str) -> bytes:
     return resources.files("tvmtrain").joinpath("board", name).read_bytes()
 
 
-def _readme(device: Device, manifest: Manifest, notes: Iterable[str]) -> bytes:
+def _needs(device: Device, files: Mapping[str, bytes]) -> str:
+    """What there is to do on the board before the first start."""
+    if device.gpu is None or f"lib/{GPU_LIBRARY}" in files:
+        return "Nothing has to be installed here: no Python, no compiler."
+    instead = f"; a bundle for `{device.name}-cpu` needs nothing" if f"{device.name}-cpu" in targets.names() else ""
+    return (
+        "It needs no Python, but one thing before the first start: the GPU's library, which is built here, once, with git, CMake and "
+        f"CUDA's `nvcc` (\"The GPU's library\", below){instead}."
+    )
+
+
+def _readme(device: Device, manifest: Manifest, notes: Iterable[str], files: Mapping[str, bytes]) -> bytes:
     train, predict = (manifest.named[name] for name in ("train_step", "predict"))
     state = sum(manifest.state_bytes.values())
     arena = manifest.memory.entries["train_step"].arena
@@ -239,6 +259,7 @@ def _readme(device: Device, manifest: Manifest, notes: Iterable[str]) -> bytes:
         Template(_text("README.md").decode())
         .substitute(
             device=device.name,
+            needs=_needs(device, files),
             description=device.description,
             system=device.system or "any Linux",
             glibc=device.glibc or "any",

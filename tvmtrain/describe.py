@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def describe(folder: str | Path) -> Description:
     return Description(
         folder=str(folder),
         device=dict(manifest.device),
-        runs_here=_runs_here(manifest),
+        runs_here=runs_here(manifest),
         versions=dict(manifest.versions),
         batch=manifest.batch,
         loss=asdict(manifest.loss),
@@ -190,7 +190,8 @@ def _layer(name: str, specs: Sequence[TensorSpec], manifest: Manifest) -> LayerS
     )
 
 
-def _runs_here(manifest: Manifest) -> bool:
+def runs_here(manifest: Manifest) -> bool:
+    """Whether this machine's processor is one that the step was compiled for."""
     try:
         artifact.check_machine(manifest)
     except TvmtrainError:
@@ -220,8 +221,9 @@ def _panel(folder: Path, when: str) -> drawing.Panel:
 class DeviceLine:
     """One device that there is a file for.
 
-    ``buildable``: this machine can compile and link for it; ``missing`` says what to install where it cannot. ``memory`` is in bytes, 0
-    where unknown; ``system`` is what usually runs there, ``cuda_toolkit`` the CUDA that comes with it.
+    ``buildable``: this machine can compile and link for it; ``missing`` says what to install where it cannot. ``memory`` is in bytes,
+    ``cores`` are a GPU's multiprocessors, both 0 where unknown; ``system`` is what usually runs there, ``cuda_toolkit`` the CUDA that
+    comes with it.
     """
 
     name: str
@@ -248,7 +250,7 @@ def devices() -> tuple[DeviceLine, ...]:
 
 def show_devices(lines: Sequence[DeviceLine], out: console.Console) -> None:
     """Print ``lines``, and under the table what is missing."""
-    rows = [(d.name, d.description, d.arch, str(d.cores), d.gpu or "-", "yes" if d.buildable else "no") for d in lines]
+    rows = [(d.name, d.description, d.arch, str(d.cores or "-"), d.gpu or "-", "yes" if d.buildable else "no") for d in lines]
     out.table(("name", "device", "processor", ">cores", "gpu", "built here"), rows)
     for missing in dict.fromkeys(d.missing for d in lines if d.missing):
         names = ", ".join(d.name for d in lines if d.missing == missing)
@@ -263,7 +265,12 @@ def _device_line(name: str) -> DeviceLine:
             cores = (os.cpu_count() or 1) if name == "host" else 0
             return DeviceLine(name, description, artifact.machine(), cores, None, 0, "", "", False, missing)
         return _line(targets.load(name), missing)
-    return _line(targets.load(name), _missing(targets.load(name)))
+    device = targets.load(name)
+    if name == "cuda" and not targets.has_gpu():
+        description = f"no NVIDIA GPU found on this machine; builds for {device.gpu}"
+        device = replace(device, description=description)
+        return replace(_line(device, _missing(device)), cores=0)
+    return _line(device, _missing(device))
 
 
 def _line(device: Device, missing: str) -> DeviceLine:

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from tvmtrain import builder, console, graph, importer
+from tvmtrain import builder, codegen, console, describe, graph, importer, targets
 from tvmtrain.artifact import Artifact
 from tvmtrain.costs import EntryMemory
 from tvmtrain.errors import InputError, ModelError
 from tvmtrain.report import Summary
 from tvmtrain.spec import SGD, Optimizer, UpdatePlan
 
+FORM = "a factory returns model, x, y: three values, not model, (x, y); x is a tuple where the model takes several inputs"
 SHAPE = re.compile(r"\d+([x,]\d+)*([x,][a-z]+\d+)?")
 
 
@@ -79,11 +80,13 @@ class Prepared:
 class Compiled:
     """What was built, where it lies, the seconds that each stage took, and bytes and FLOPs of a training step.
 
-    ``memory`` is that of ``train_step`` beside the state; ``summary`` is there if it was asked for.
+    ``runs_here``: whether this machine's processor runs it. ``memory`` is that of ``train_step`` beside the state; ``summary`` is there if
+    it was asked for.
     """
 
     folder: str
     device: str
+    runs_here: bool
     loss: str
     optimizer: dict[str, Any]
     inputs: dict[str, str]
@@ -138,7 +141,9 @@ def _planned(job: Job, traced: graph.TrainGraph) -> graph.TrainGraph:
 
 
 def prepare(job: Job) -> Prepared:
-    """Load the model of ``job`` and make its example batch. Raises ``ModelError`` or ``InputError`` saying what is missing."""
+    """Load the model of ``job`` and make its example batch. Raises ``ModelError`` or ``InputError`` saying what is missing, and,
+    before all that, ``DeviceError`` for a device that is unknown or cannot be built for here."""
+    codegen.tools(targets.load(job.device))
     torch.manual_seed(job.seed)
     module, x, y = load_model(job.model)
     _set_mode(module, job.training)
@@ -168,7 +173,7 @@ def predict(module: nn.Module, x: Sequence[torch.Tensor]) -> torch.Tensor:
             return importer.primary(module(*x))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = ", ".join(console.shape(t.shape) for t in x)
-        raise ModelError(f"the model cannot take an example of shape {shapes}: {error}") from error
+        raise ModelError(f"the model cannot take an example of shape {shapes}: {error}; {FORM}") from error
 
 
 def targets_like(loss: str, output: torch.Tensor) -> torch.Tensor:
@@ -297,6 +302,7 @@ def _compiled(
     return Compiled(
         folder=str(folder),
         device=str(manifest.device["name"]),
+        runs_here=describe.runs_here(manifest),
         loss=manifest.loss.name,
         optimizer=dict(manifest.optimizer),
         inputs={spec.name: f"{console.shape(spec.shape)} {spec.dtype}" for spec in inputs},

@@ -14,6 +14,7 @@ import gc
 import itertools
 import json
 import math
+import shutil
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 WARM_UP = 3
 SHOWN = 40
+FIGURES = 80  # characters that the columns beside the names take
 MACHINE = "vm."  # names of the virtual machine's own calls begin so
 
 Data = tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]
@@ -282,7 +284,7 @@ def show(profile: Profile | Untimed, out: console.Console) -> None:
     """Print ``profile``."""
     p = profile
     if isinstance(p, Untimed):
-        out.table(("kernel", ">calls"), [(name, str(count)) for name, count in p.kernels.items()])
+        out.table(("kernel", ">calls"), [(_short(name), str(count)) for name, count in p.kernels.items()])
         out.line(f"emulated: no times ({p.emulated})", style="bold")
         return
     rest = p.kernels[SHOWN:]
@@ -309,9 +311,14 @@ def _sum(name: str, kernels: Sequence[KernelTime]) -> KernelTime:
     return KernelTime(name, calls, us, flops, nbytes, floor, "-" if kernels else "")
 
 
+def _short(name: str) -> str:
+    """The name of a kernel, which may be as long as a list of all that was fused, beside the figures of a table."""
+    return console.shortened(name, max(24, shutil.get_terminal_size((120, 24)).columns - FIGURES))
+
+
 def _row(k: KernelTime, step: float) -> tuple[str, ...]:
     figures = (f"{k.us:,.1f}", console.percent(k.us / step), f"{k.rate:,.2f}", f"{k.bandwidth:,.2f}", console.percent(k.share))
-    return k.name, str(k.calls), *figures, k.bound.strip("-")
+    return _short(k.name), str(k.calls), *figures, k.bound.strip("-")
 
 
 def write_trace(profile: Profile, path: Path) -> None:

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -238,11 +239,23 @@ def connect(address: str | Address, key: str = "", *, answer: float = ANSWER) ->
     """
     address = Address.parse(address) if isinstance(address, str) else address
     where = str(address)
+    _check_name(address)
     before = _sockets()
     session = _within(GREETING, lambda: rpc.connect(address.host, address.port, key), where, key)
     own = _sockets() - before
     _patience(own, answer)
     return Board(session, where, own)
+
+
+def _check_name(address: Address) -> None:
+    """Raise ``RemoteError`` for a host of which nobody here knows the address."""
+    try:
+        socket.getaddrinfo(address.host, address.port)
+    except OSError as error:
+        raise RemoteError(
+            f"{address} cannot be reached: this machine does not know the name {address.host!r} ({error.strerror}); check it, or give "
+            f"the board's number, as in 192.168.0.7:{address.port}"
+        ) from error
 
 
 def connect_through(
@@ -319,13 +332,17 @@ def _refusal(error: Exception, where: str, key: str) -> str:
     text = str(error)
     if "matches key" in text:
         return f"{where} has another key than {key!r}: give the one that its server was started with"
-    return f"{where} cannot be reached: {_reason(error)}; is a server running there? (tvmtrain serve)"
+    reason = "nothing listens there" if "sock.Connect" in text else _reason(error)
+    return (
+        f"{where} cannot be reached: {reason}; start `tvmtrain serve` on the board or, without Python there, bin/tvmtrain-serve of "
+        "its bundle, with --host 0.0.0.0, and with the same --port and --key"
+    )
 
 
 def _reason(error: Exception) -> str:
     """The last line of what TVM says, which is the reason; before it are places in TVM's source."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return re.sub(r"^Check failed: \(.*\) is false:\s*", "", lines[-1]) if lines else type(error).__name__
 
 
 # TVM's socket has no time limits, and does not show itself: it is the one that was not there before.

@@ -29,8 +29,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tvmtrain import artifact, batches, gpu_code, losses, selection
-from tvmtrain.artifact import MODEL_ROLES, STATE_ROLES, Entry, LossSpec, Manifest, Selection, TensorSpec
+from tvmtrain import artifact, batches, checks, gpu_code, losses, selection
+from tvmtrain.artifact import MODEL_ROLES, STATE_ROLES, Entry, Manifest, Selection, TensorSpec
 from tvmtrain.errors import (
     ArtifactError,
     CheckpointError,
@@ -392,7 +392,7 @@ class TrainStep:
         for spec, array in arrays.values():
             if array.shape != spec.shape:
                 raise InputError(batches.wrong_shape(spec, array.shape, self.manifest.batch))
-            self._check_values(spec, array)
+            checks.check(spec, array, self.manifest.loss)
         return {key: self._tensor(array) for key, (_, array) in arrays.items()}
 
     def _samples(self, entry: Entry, value: Any, role: str = "input") -> dict[tuple[str, str], tuple[TensorSpec, np.ndarray]]:
@@ -403,20 +403,14 @@ class TrainStep:
             if array.shape != spec.shape and not (free and array.ndim == len(spec.shape) and array.shape[1:] == spec.shape[1:]):
                 wanted = ("N", *spec.shape[1:]) if free else spec.shape
                 raise InputError(f"{spec.role} {spec.name!r} has shape {array.shape}; want ({', '.join(map(str, wanted))})")
-            self._check_values(spec, array)
+            checks.check(spec, array, self.manifest.loss)
         return arrays
 
     def _read(self, entry: Entry, value: Any, role: str) -> dict[tuple[str, str], tuple[TensorSpec, np.ndarray]]:
         """Arrays of the compiled dtypes; their shapes are still to be checked."""
         specs = [spec for spec in entry.inputs if spec.role == role]
         values = _several(value, len(specs), role)
-        return {spec.key: (spec, _cast(_numpy(item, spec), spec)) for spec, item in zip(specs, values, strict=True)}
-
-    def _check_values(self, spec: TensorSpec, array: np.ndarray) -> None:
-        if array.dtype.kind == "f":
-            _check_finite(spec, array)
-        elif spec.role == "target" and self.manifest.loss.name == "cross_entropy":
-            _check_labels(spec, array, self.manifest.loss)
+        return {spec.key: (spec, checks.cast(_numpy(item, spec), spec)) for spec, item in zip(specs, values, strict=True)}
 
     def _count(self, arrays: Mapping[tuple[str, str], tuple[TensorSpec, np.ndarray]]) -> int:
         """The number of samples, on which all arrays have to agree."""
@@ -705,63 +699,6 @@ def _numpy(value: Any, spec: TensorSpec) -> np.ndarray:
         raise InputError(f"{spec.role} {spec.name!r} cannot be read: {error}; {hint}") from error
 
 
-def _cast(array: np.ndarray, spec: TensorSpec) -> np.ndarray:
-    """``array`` in the compiled dtype: floats from floats and integers from integers, nothing else silently."""
-    wanted = np.dtype(spec.dtype)
-    if array.dtype == wanted:
-        return array
-    if array.dtype.kind == "f" and wanted.kind == "f":
-        with np.errstate(over="ignore"):
-            return array.astype(wanted)
-    if array.dtype.kind in "iu" and wanted.kind in "iu":
-        _check_range(array, spec, wanted)
-        return array.astype(wanted)
-    raise InputError(
-        f"{spec.role} {spec.name!r} has dtype {array.dtype}; want {spec.dtype}; {_dtype_hint(array.dtype, wanted)}"
-    )
-
-
-def _check_range(array: np.ndarray, spec: TensorSpec, wanted: np.dtype[Any]) -> None:
-    limits = np.iinfo(wanted)
-    if array.size and (int(array.min()) < limits.min or int(array.max()) > limits.max):
-        raise InputError(f"{spec.role} {spec.name!r} has values {array.min()}..{array.max()}, which do not fit {spec.dtype}")
-
-
-def _dtype_hint(got: np.dtype[Any], wanted: np.dtype[Any]) -> str:
-    if wanted.kind == "f" and got == np.uint8:
-        return "scale images first: x.astype('float32') / 255, then the mean and deviation that the model was trained with"
-    if wanted.kind in "iu" and got.kind == "f":
-        return "want class numbers or indices, not probabilities: y.astype('int64')"
-    return f"convert it: .astype({wanted.name!r})"
-
-
-def _check_finite(spec: TensorSpec, array: np.ndarray) -> None:
-    # The sum is finite only if every value is; it needs no second array. A sum that overflows is looked at again.
-    with np.errstate(over="ignore", invalid="ignore"):
-        if np.isfinite(array.sum()):
-            return
-    bad = np.argwhere(~np.isfinite(array))
-    if len(bad):
-        where = tuple(int(i) for i in bad[0])
-        raise InputError(
-            f"{spec.role} {spec.name!r} has {len(bad)} NaN or infinite values, the first {array[where]} at {where}"
-        )
-
-
-def _check_labels(spec: TensorSpec, labels: np.ndarray, loss: LossSpec) -> None:
-    if loss.classes is None:
-        return
-    wrong = (labels < 0) | (labels >= loss.classes)
-    if loss.ignore_index is not None:
-        wrong &= labels != loss.ignore_index
-    if wrong.any():
-        where = tuple(int(i) for i in np.argwhere(wrong)[0])
-        ignored = "" if loss.ignore_index is None else f", or {loss.ignore_index} to be ignored"
-        raise InputError(
-            f"{spec.role} {spec.name!r} has the label {labels[where]} at {where}; want 0..{loss.classes - 1}{ignored}"
-        )
-
-
 def _rate(lr: float, spec: TensorSpec) -> np.ndarray:
     try:
         rate = float(lr)
@@ -775,7 +712,7 @@ def _rate(lr: float, spec: TensorSpec) -> np.ndarray:
 
 
 def _weights(value: Any, spec: TensorSpec, name: str) -> np.ndarray:
-    array = _cast(_numpy(value, spec), spec)
+    array = checks.cast(_numpy(value, spec), spec)
     if array.shape != spec.shape:
         raise InputError(f"{name!r} has shape {array.shape}; want {spec.shape}")
     return array

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from safetensors import numpy as tensor_file
 
-from tvmtrain import artifact, console
+from tvmtrain import artifact, batches, console
 from tvmtrain.data import Dataset
 from tvmtrain.errors import InputError, RemoteError
 from tvmtrain.runtime import TrainStep
@@ -164,23 +164,17 @@ class _Fit:
     def __init__(self, step: TrainStep, train: Dataset, test: Dataset | None, settings: Settings, out: console.Console) -> None:
         self.step, self.train, self.test, self.settings, self.out = step, train, test, settings, out
         self.batch = step.manifest.batch
-        self.per_epoch = len(train) // self.batch
+        self.per_epoch = batches.per_epoch(len(train), self.batch)
         self.epochs: list[Epoch] = []
         self.milliseconds: list[float] = []
         self.evaluation: Score | None = None
         self.saved: Path | None = None
         # The latest step at which the board was lost, and how often that was since then at no later one.
         self.furthest, self.fruitless = -1, 0
-        if self.per_epoch == 0:
-            raise InputError(
-                f"{len(train)} samples to train on, and the step was compiled for {self.batch} at a time; give more"
-            )
 
     def run(self) -> Run:
-        if rest := len(self.train) % self.batch:
-            self.out.line(
-                f"{rest} of {len(self.train)} samples are left out of every epoch: training needs whole batches of {self.batch}"
-            )
+        if rest := batches.left_out(len(self.train), self.batch):
+            self.out.line(rest)
         if self.step.steps >= self.per_epoch * self.settings.epochs:
             self.out.line(f"all {self.settings.epochs} epochs are done: {self.step.steps} steps of {self.per_epoch} per epoch")
         with _interrupts() as stop:
