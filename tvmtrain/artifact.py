@@ -771,7 +771,8 @@ def _same_model(state: Mapping[str, np.ndarray], wanted: Mapping[str, TensorSpec
     """Whether ``state`` has all parameters and buffers of ``wanted``, and differs in what depends on how a model is trained."""
     kept = [spec for spec in wanted.values() if spec.role in MODEL_ROLES]
     fits = all(
-        spec.name in state and (state[spec.name].shape, str(state[spec.name].dtype)) == (spec.shape, spec.dtype) for spec in kept
+        spec.name in state and (state[spec.name].shape, str(state[spec.name].dtype)) == (spec.shape, spec.dtype)
+        for spec in kept
     )
     return fits and all(name in wanted or name.startswith(("optimizer:", "selection:", "random:")) for name in state)
 
