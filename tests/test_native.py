@@ -279,7 +279,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(
         ((tmp_path / "other").read_bytes(), "does not fit this model"),
         (good[:-1] + bytes([good[-1] ^ 1]), "its digest does not fit"),
         (good[:200], "truncated or damaged"),
-        ((dense / "parameters.safetensors").read_bytes(), "was not written by"),
+        ((dense / "parameters.safetensors").read_bytes(), "weights alone become a checkpoint where Python is"),
     ):
         (tmp_path / "bad").write_bytes(bytes_)
         error = _failure(step.restore, tmp_path / "bad")
@@ -288,6 +288,30 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(
     step.save(tmp_path / "after")
     assert (tmp_path / "after").read_bytes() == good
     assert _failure(step.save, tmp_path / "missing" / "file").status == STORAGE
+
+
+def test_a_checkpoint_of_another_plan_is_called_that(dense: Path, library: Path, tmp_path: Path) -> None:
+    from tvmtrain import artifact
+
+    step, here = NativeStep(library, dense), tt.load(dense)
+    step.save(tmp_path / "good")
+    state = load_file(tmp_path / "good")
+    bias, weight = "optimizer:momentum:fc.bias", "optimizer:momentum:fc.weight"
+    for changed, planned in (
+        ({n: v for n, v in state.items() if n != bias}, True),
+        (state | {"selection:fc": np.zeros((), "int64")}, True),
+        (state | {weight: state[weight][:, :2].copy()}, True),
+        ({n: v for n, v in state.items() if n != "fc.bias"}, False),
+        (state | {"fc.weight": state["fc.weight"][:, :2].copy()}, False),
+        (state | {"fc2.weight": state["fc.weight"]}, False),
+    ):
+        artifact.write_checkpoint(tmp_path / "bad", changed, 3, "0.1.0")
+        there = _failure(step.restore, tmp_path / "bad")
+        with pytest.raises(tt.errors.CheckpointError) as caught:
+            here.restore(tmp_path / "bad")
+        for message in (str(there), str(caught.value)):
+            assert "does not fit this model: " in message
+            assert ("compile with the same --plan" in message) == planned
 
 
 def test_channels_out_of_range_in_a_checkpoint_are_refused(network: Path, library: Path, tmp_path: Path) -> None:
@@ -317,6 +341,12 @@ def _run(host: Path, *words: object, status: int = 0, **environment: str) -> tup
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
     assert done.returncode == status, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+def _told(host: Path, *words: object) -> list[str]:
+    """The lines for people."""
+    command = [str(host / "bin/tvmtrain-run"), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.splitlines()
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "step"])
@@ -403,7 +433,14 @@ def test_images_stay_bytes_and_become_what_python_makes_of_them(network: Path, h
         ({"x": np.zeros((0, 6), "float32"), "y": np.zeros(8, "int64")}, "'y' has 8 samples and others have 0"),
         ({"x": np.zeros((0, 6), "float32"), "y": np.zeros(0, "int64")}, "no samples in it"),
         ({"x": np.zeros((8, 6), "float64"), "y": np.zeros(8, "int64")}, "'x' is float64; want float32, or uint8 images"),
-        ({"x": np.zeros((8, 6), "float32"), "y": np.full(8, 9)}, "has the label 9 at (0)"),
+        (
+            {"x": np.zeros((8, 6), "float32"), "y": np.array([0, 1, 2, -100, 0, 0, 3, 0])},
+            "data: target 'y' has the label 3 at (6), sample 6 (from 0); want 0..2, or -100 to be ignored",
+        ),
+        (
+            {"x": np.where(np.arange(8)[:, None] == 5, np.nan, np.ones((8, 6))).astype("float32"), "y": np.zeros(8, "int64")},
+            "data: input 'x' has NaN or infinite values, the first at (5, 0), sample 5 (from 0)",
+        ),
         (
             {"x": np.zeros((3, 6), "float32"), "y": np.zeros(3, "int64")},
             "3 samples to train on, and the step was compiled for 4",
@@ -417,6 +454,35 @@ def test_data_that_do_not_fit_are_refused(
     _, error = _run(host, dense, "--data", tmp_path / "data", status=1)
     assert error.startswith("error: ")
     assert message in error
+
+
+def test_labels_are_checked_before_anything_is_trained(dense: Path, host: Path, tmp_path: Path) -> None:
+    """All of them, in pieces; and those that are not read may be anything."""
+    arrays = _write_data(tmp_path / "good", (6,), 3, 20_000)
+    arrays["y"][19_998] = 4
+    save_file(arrays, tmp_path / "bad")
+    words = (dense, "--steps", 4, "--checkpoint", tmp_path / "now")
+    told = "bad: target 'y' has the label 4 at (19998), sample 19998"
+    for files in (("--data", tmp_path / "bad"), ("--data", tmp_path / "good", "--eval-data", tmp_path / "bad")):
+        lines, error = _run(host, *words, *files, status=1)
+        assert told in error
+        assert (lines, (tmp_path / "now").exists()) == ([], False)
+    assert told in _run(host, dense, "--data", tmp_path / "bad", "--eval", status=1)[1]
+    _run(host, dense, "--data", tmp_path / "bad", "--predict", tmp_path / "out")
+    _run(host, *words, "--data", tmp_path / "good")
+
+
+def test_a_sample_is_named_in_whatever_order_it_comes(dense: Path, host: Path, tmp_path: Path) -> None:
+    arrays = _write_data(tmp_path / "data", (6,), 3, 40)
+    arrays["x"][23, 4] = np.nan
+    save_file(arrays, tmp_path / "data")
+    for more in (("--shuffle",), ("--predict", tmp_path / "out"), ("--eval",)):
+        assert "the first at (23, 4), sample 23 (from 0)" in _run(host, dense, "--data", tmp_path / "data", *more, status=1)[1]
+
+
+def test_an_npz_is_called_that(dense: Path, host: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", x=np.zeros((8, 6), "float32"), y=np.zeros(8, "int64"))
+    assert "tvmtrain deploy --data" in _run(host, dense, "--data", tmp_path / "data.npz", status=1)[1]
 
 
 def test_wrong_options_are_told(dense: Path, host: Path, tmp_path: Path) -> None:
@@ -484,6 +550,96 @@ def test_too_little_memory_is_told_before_anything_is_loaded(dense: Path, host: 
     assert "training needs 10737418" in error
     assert "available" in error
     _run(host, folder, "--data", tmp_path / "data", "--anyway")
+
+
+class Pixels(nn.Module):
+    """Two rows of logits per sample, or a map of them."""
+
+    def __init__(self, flat: bool) -> None:
+        super().__init__()
+        self.conv, self.flat = nn.Conv2d(2, 3, 3, padding=1), flat
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        return y.permute(0, 2, 3, 1).reshape(-1, 3) if self.flat else y
+
+
+def _ignoring(count: int, *shape: int) -> np.ndarray:
+    generator = np.random.default_rng(1)
+    labels = generator.integers(0, 3, (count, *shape))
+    return np.where(generator.random(labels.shape) < 0.2, -100, labels)
+
+
+def _shares(count: int, *shape: int) -> np.ndarray:
+    weights = np.random.default_rng(2).random((count, 3, *shape)).astype("float32")
+    return weights / weights.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "target"),
+    [
+        (Pixels(flat=False), "cross_entropy", _ignoring(10, 4, 4)),
+        (Pixels(flat=True), "cross_entropy", _ignoring(160)),
+        (Pixels(flat=False), "cross_entropy", _shares(10, 4, 4)),
+        (Pixels(flat=False), "bce_with_logits", _shares(10, 4, 4)),
+        (Pixels(flat=False), "mse", _shares(10, 4, 4)),
+    ],
+)
+def test_evaluations_are_those_of_python(model: nn.Module, loss: str, target: np.ndarray, host: Path, tmp_path: Path) -> None:
+    """Of ten samples, four at a time."""
+    rows = len(target) // 10
+    x = np.random.default_rng(3).standard_normal((10, 2, 4, 4)).astype("float32")
+    example = torch.from_numpy(x[:BATCH]), torch.from_numpy(target[: BATCH * rows])
+    folder = tt.build(tt.trace(model, *example, loss=loss, optimizer=tt.SGD(lr=0.01))).save(tmp_path / "out")
+    save_file({"x": x, "y": target}, tmp_path / "data")
+    wanted = tt.load(folder, threads=1).evaluate(x, target)
+    lines, _ = _run(host, folder, "--data", tmp_path / "data", "--eval", "--threads", 1)
+    assert lines[0]["loss"] == pytest.approx(float(wanted), rel=1e-12)
+    assert lines[0].get("accuracy") == wanted.accuracy
+    assert lines[0]["samples"] == wanted.count == 10
+
+
+def test_a_loss_of_the_users_own_is_evaluated_in_whole_batches(host: Path, tmp_path: Path) -> None:
+    folder = toy.artifact("custom").save(tmp_path / "out")
+    generator = np.random.default_rng(4)
+    x, y = (generator.standard_normal((11, size)).astype("float32") for size in (toy.FEATURES, toy.CLASSES))
+    save_file({"x": x, "y": y}, tmp_path / "data")
+    wanted = tt.load(folder, threads=1).evaluate(x[:8], y[:8])
+    lines, _ = _run(host, folder, "--data", tmp_path / "data", "--eval", "--threads", 1)
+    assert (lines[0]["loss"], lines[0]["samples"]) == (float(wanted), 8)
+    assert "accuracy" not in lines[0]
+    save_file({"x": x[:3], "y": y[:3]}, tmp_path / "data")
+    assert "3 samples to evaluate" in _run(host, folder, "--data", tmp_path / "data", "--eval", status=1)[1]
+
+
+def test_what_was_done_is_told(dense: Path, host: Path, tmp_path: Path) -> None:
+    arrays, other = _write_data(tmp_path / "data", (6,), 3, 10), _write_data(tmp_path / "other", (6,), 3, 7)
+    now, out = tmp_path / "now", tmp_path / "out"
+    words = (dense, "--data", tmp_path / "data", "--threads", 1, "--checkpoint", now)
+
+    lines, _ = _run(host, *words, "--eval-data", tmp_path / "other", "--log", 100)
+    assert [line["kind"] for line in lines] == ["progress", "evaluated", "done"]
+    step = tt.load(dense, threads=1)
+    step.restore(now)
+    assert lines[1]["file"] == str(tmp_path / "other")
+    assert (lines[1]["loss"], lines[1]["samples"]) == (pytest.approx(float(step.evaluate(other["x"], other["y"]))), 7)
+    assert {"steps": 2, "trained": 2, "left_out": 2, "checkpoint": str(now)}.items() <= lines[2].items()
+
+    lines, _ = _run(host, *words, "--resume", "--predict", out, "--eval")
+    done = {"kind": "done", "steps": 2, "trained": 0, "threads": 1, "checkpoint": str(now)}
+    assert lines[0] == {"kind": "predicted", "samples": 10, "file": str(out)}
+    assert lines[1]["loss"] == pytest.approx(float(step.evaluate(arrays["x"], arrays["y"])))
+    assert lines[2:] == [done]
+
+    told = _told(host, *words, "--resume", "--predict", out)
+    assert told == [
+        f"predicted  10 samples to {out}",
+        f"done  2 steps  nothing trained  threads 1  restored {now}",
+    ]
+    told = _told(host, *words, "--resume", "--epochs", 3)
+    assert told[0] == "2 of 10 samples are left out of every epoch: training needs whole batches of 4"
+    assert told[-1].endswith(f"saved {now}")
+    assert _told(host, *words, "--resume", "--epochs", 3)[:-1] == []
 
 
 def test_predicting_leaves_the_checkpoint_as_it_is(dense: Path, host: Path, tmp_path: Path) -> None:

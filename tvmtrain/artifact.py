@@ -345,7 +345,13 @@ def read_checkpoint(path: str | os.PathLike[str], wanted: Mapping[str, TensorSpe
         raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from error
     state = _parse_tensors(data, CheckpointError, f"checkpoint {path}")
     steps = _check_facts(_facts(data), state, f"checkpoint {path}")
-    _check_state(state, wanted, CheckpointError, f"checkpoint {path}")
+    try:
+        _check_state(state, wanted, CheckpointError, f"checkpoint {path}")
+    except CheckpointError as error:
+        if not _same_model(state, wanted):
+            raise
+        hint = "it is of this model with another plan or optimizer: compile with the same --plan and --optimizer"
+        raise CheckpointError(f"{error}; {hint} as the step that wrote it") from None
     return state, steps
 
 
@@ -760,6 +766,16 @@ def _check_state(state: Mapping[str, np.ndarray], wanted: Mapping[str, TensorSpe
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise error(f"{where} does not fit this model: {'; '.join(wrong[:5])}{more}")
+
+
+def _same_model(state: Mapping[str, np.ndarray], wanted: Mapping[str, TensorSpec]) -> bool:
+    """Whether ``state`` has all parameters and buffers of ``wanted``, and differs in what depends on how a model is trained."""
+    kept = [spec for spec in wanted.values() if spec.role in MODEL_ROLES]
+    fits = all(
+        spec.name in state and (state[spec.name].shape, str(state[spec.name].dtype)) == (spec.shape, spec.dtype)
+        for spec in kept
+    )
+    return fits and all(name in wanted or name.startswith(("optimizer:", "selection:", "random:")) for name in state)
 
 
 def _facts(data: bytes) -> dict[str, str]:

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "files.h"
@@ -24,13 +25,19 @@ class Dataset {
   Dataset(const Pieces& file, const Manifest& manifest, const std::string& where);
 
   uint64_t size() const { return *count_; }
+  const std::string& where() const { return where_; }
 
-  // Array number ``i`` (inputs, then targets, as the step takes them) of the samples ``rows``. Throws as ``Pieces``.
+  // Throws an input error for labels of any sample that are out of range, and as ``Pieces``.
+  void check_labels() const;
+
+  // Array number ``i`` (inputs, then targets, as the step takes them) of the samples ``rows``. Throws an input error that names the
+  // file and the sample for values that no step takes, and as ``Pieces``.
   std::string batch(size_t i, const uint64_t* rows, size_t count) const;
 
  private:
   struct Column {
     TensorSpec spec;
+    Shape shape;               // in the file
     uint64_t start = 0;        // where the first sample lies in the file
     size_t sample = 0;         // bytes of one, as stored; of the whole tensor where all samples share it
     bool shared = false;
@@ -38,10 +45,13 @@ class Dataset {
     std::vector<float> ready;  // of bytes: the value of each, by channel; one row where all channels have the same
   };
 
-  Column column(const TensorSpec& spec, const TensorHeader& header, int64_t batch, const std::string& where);
+  void check(const Column& column, uint64_t row, std::string_view values) const;
+  Column column(const TensorSpec& spec, const TensorHeader& header, int64_t batch);
   void append(const Column& column, uint64_t row, std::string& values) const;
 
   const Pieces& file_;
+  std::string where_;
+  Loss loss_;
   std::vector<Column> columns_;
   std::optional<uint64_t> count_;  // known with the first column that has rows
 };

@@ -122,7 +122,7 @@ Checksum checksum(const std::string& path) {
 void Pieces::read(uint64_t start, size_t count, char* values) const {
   for (size_t done = 0; done < count;) {
     const ssize_t got = pread(file_.number(), values + done, count - done, static_cast<off_t>(start + done));
-    if (got < 0 && errno != EINTR) fail();
+    if (got < 0 && errno != EINTR) throw input_error(path_ + " cannot be read: " + std::strerror(errno));
     if (got == 0) {
       throw input_error(path_ + " has become shorter since it was opened: byte " + std::to_string(start + done) + " of its " + std::to_string(size_) +
                         " is gone; leave it alone while it is in use, and start again");

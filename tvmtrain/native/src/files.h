@@ -48,7 +48,8 @@ class Pieces {
 
   uint64_t size() const { return size_; }
 
-  // Bytes ``start`` .. ``start + count``, to ``values``. Throws std::system_error, and an input error where the file has become shorter.
+  // Bytes ``start`` .. ``start + count``, to ``values``. Throws an input error that names the file: it cannot be read, or has
+  // become shorter.
   void read(uint64_t start, size_t count, char* values) const;
 
  private:

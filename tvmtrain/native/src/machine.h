@@ -24,7 +24,7 @@ void use_processors(const std::string& list);
 
 // What a run does beside training.
 struct Use {
-  bool saves = false, resumes = false, predicts = false;
+  bool saves = false, resumes = false, predicts = false;  // evaluating predicts
 };
 
 // Bytes that training takes at its peak. Loading: the state and, at most, as much again for its file. Running: the state, what

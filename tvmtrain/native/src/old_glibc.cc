@@ -30,6 +30,14 @@ OLD(dlerror);
 char* first_dlerror();
 char* __wrap_dlerror() { return first_dlerror(); }
 
+OLD(exp);
+double first_exp(double exponent);
+double __wrap_exp(double exponent) { return first_exp(exponent); }
+
+OLD(log);
+double first_log(double value);
+double __wrap_log(double value) { return first_log(value); }
+
 OLD(pow);
 double first_pow(double base, double exponent);
 double __wrap_pow(double base, double exponent) { return first_pow(base, exponent); }

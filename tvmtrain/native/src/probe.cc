@@ -78,6 +78,7 @@ void read_data(std::string_view text) {
   if (!memory.open() || write(memory.number(), text.data(), text.size()) != static_cast<ssize_t>(text.size())) std::abort();
   const tt::Pieces file(path);
   const tt::Dataset data(file, *known, "data");
+  data.check_labels();
   for (uint64_t row : {uint64_t{0}, data.size() / 2, data.size() - 1}) {
     const std::vector<uint64_t> rows(static_cast<size_t>(known->batch < 64 ? known->batch : 64), row);
     std::vector<tt::TensorSpec> columns;

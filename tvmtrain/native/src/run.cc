@@ -17,12 +17,13 @@
 #include "error.h"
 #include "files.h"
 #include "json.h"
+#include "losses.h"
 #include "machine.h"
 #include "memory.h"
 #include "random.h"
 #include "step.h"
 #include "stored.h"
-#include "values.h"
+#include "sweeps.h"
 
 namespace {
 
@@ -34,7 +35,7 @@ Trains the step in the folder ARTIFACT on FILE, a safetensors file with a tensor
 (tvmtrain.data.write writes one). Prints a line now and then and one at the end.
 
 training
-  --epochs N         passes over the samples, counted from the first step of all (default: 1; 0 with --predict)
+  --epochs N         passes over the samples, counted from the first step of all (default: 1; 0 with --predict or --eval)
   --steps N          or: training steps, counted from the first of all
   --lr X             learning rate (default: the artifact's)
   --schedule KIND    constant, cosine or step (default: constant)
@@ -46,6 +47,8 @@ files
   --every N          and every N steps
   --resume           go on from --checkpoint if it is there, in the middle of an epoch too; else begin
   --predict FILE     at the end: the model's outputs for all samples of --data, as safetensors
+  --eval             at the end: the mean loss over all samples of --data, and the accuracy where there are classes
+  --eval-data FILE   at the end: these of another file
 machine
   --threads N        to compute with (default: TVM_NUM_THREADS, else all physical cores)
   --affinity LIST    processors to use, as 4-7 or 0,2 (big or little cores)
@@ -63,10 +66,14 @@ struct Usage : std::runtime_error {
 };
 
 struct Options {
-  std::string artifact, data, checkpoint, predict, affinity, schedule = "constant";
+  std::string artifact, data, eval_data, checkpoint, predict, affinity, schedule = "constant";
   int64_t epochs = -1, steps = -1, every = 0, log = 0, warmup = 0, step_size = 1, threads = 0, seed = 0;
   double rate = -1, gamma = 0.1;
-  bool resume = false, shuffle = false, json = false, anyway = false;
+
+  bool trains() const { return (predict.empty() && !eval) || steps >= 0 || epochs >= 0; }
+  bool evaluates() const { return eval || !eval_data.empty(); }
+
+  bool resume = false, eval = false, shuffle = false, json = false, anyway = false;
 };
 
 volatile std::sig_atomic_t stopped = 0;
@@ -95,8 +102,8 @@ void check(const Options& options) {
 
 Options parse(const std::vector<std::string>& words) {
   Options o;
-  const std::map<std::string, bool*> flags{{"--resume", &o.resume}, {"--shuffle", &o.shuffle}, {"--json", &o.json}, {"--anyway", &o.anyway}};
-  const std::map<std::string, std::string*> texts{{"--data", &o.data}, {"--checkpoint", &o.checkpoint}, {"--predict", &o.predict}, {"--affinity", &o.affinity}, {"--schedule", &o.schedule}};
+  const std::map<std::string, bool*> flags{{"--resume", &o.resume}, {"--eval", &o.eval}, {"--shuffle", &o.shuffle}, {"--json", &o.json}, {"--anyway", &o.anyway}};
+  const std::map<std::string, std::string*> texts{{"--data", &o.data}, {"--eval-data", &o.eval_data}, {"--checkpoint", &o.checkpoint}, {"--predict", &o.predict}, {"--affinity", &o.affinity}, {"--schedule", &o.schedule}};
   const std::map<std::string, std::pair<int64_t*, int64_t>> counts{{"--epochs", {&o.epochs, 0}}, {"--steps", {&o.steps, 0}}, {"--every", {&o.every, 1}}, {"--log", {&o.log, 1}}, {"--warmup", {&o.warmup, 0}}, {"--step-size", {&o.step_size, 1}}, {"--threads", {&o.threads, 1}}, {"--seed", {&o.seed, 0}}};
   const std::map<std::string, double*> numbers{{"--lr", &o.rate}, {"--gamma", &o.gamma}};
   for (size_t i = 0; i < words.size(); ++i) {
@@ -167,13 +174,13 @@ double median(std::vector<double> values) {
 
 class Run {
  public:
-  // restored: from the checkpoint.
-  Run(const Options& options, tt::Step& step, const tt::Dataset& data, bool restored) : options_(options), step_(step), data_(data), kept_(restored) {
+  // test: to evaluate. restored: from the checkpoint.
+  Run(const Options& options, tt::Step& step, const tt::Dataset& data, const tt::Dataset& test, bool restored)
+      : options_(options), step_(step), data_(data), test_(test), before_(step.steps()), kept_(restored) {
     batch_ = static_cast<uint64_t>(step.manifest().batch);
     per_epoch_ = data.size() / batch_;
-    const bool trains = options.predict.empty() || options.steps >= 0 || options.epochs >= 0;
-    const auto epochs = static_cast<uint64_t>(options.epochs < 0 ? (trains ? 1 : 0) : options.epochs);
-    if (per_epoch_ == 0 && trains) {
+    const auto epochs = static_cast<uint64_t>(options.epochs < 0 ? (options.trains() ? 1 : 0) : options.epochs);
+    if (per_epoch_ == 0 && options.trains()) {
       throw tt::input_error(std::to_string(data.size()) + " samples to train on, and the step was compiled for " + std::to_string(batch_) + " at a time; give more");
     }
     total_ = options.steps >= 0 ? static_cast<uint64_t>(options.steps) : epochs * per_epoch_;
@@ -183,6 +190,22 @@ class Run {
     log_ = options.log ? static_cast<uint64_t>(options.log) : std::max<uint64_t>(1, per_epoch_ / 10);
   }
 
+  void all() {
+    if (left_out() && !options_.json) std::printf("%llu of %llu samples are left out of every epoch: training needs whole batches of %llu\n", number_of(left_out()), number_of(data_.size()), number_of(batch_));
+    train();
+    const tt::Stop stop = [] { return stopped != 0; };
+    if (!options_.predict.empty() && tt::predict(step_, data_, options_.predict, stop)) predicted();
+    tt::Evaluation evaluation{};
+    if (options_.evaluates() && tt::evaluate(step_, test_, stop, &evaluation)) evaluated(evaluation);
+    done();
+  }
+
+ private:
+  static unsigned long long number_of(uint64_t value) { return value; }
+
+  // Samples that no step of an epoch takes.
+  uint64_t left_out() const { return before_ < total_ ? data_.size() % batch_ : 0; }
+
   void train() {
     while (step_.steps() < total_ && !stopped) {
       one();
@@ -191,12 +214,8 @@ class Run {
       if (last || (options_.every && step_.steps() % static_cast<uint64_t>(options_.every) == 0)) save();
     }
     save();
-    done();
   }
 
-  void predict() const;
-
- private:
   double rate() const {
     const double lr = options_.rate < 0 ? step_.manifest().lr : options_.rate;
     const auto at = static_cast<double>(step_.steps()), warmup = static_cast<double>(options_.warmup);
@@ -242,30 +261,9 @@ class Run {
     }
     saved_ = false;
     losses_.push_back(loss);
-    count_right(*targets.at(0), values[inputs.size()]);
+    const auto outputs = step_.specs("train_step", tt::Role::kOutput);
+    if (!outputs.empty()) answers_.add(tt::answers(step_.manifest().loss, {*outputs[0], step_.output(0)}, {*targets.at(0), values[inputs.size()]}));
   }
-
-  // Right answers among the labels that count, where there are classes.
-  void count_right(const tt::TensorSpec& target, std::string_view labels) {
-    const tt::Loss& loss = step_.manifest().loss;
-    const auto outputs = output_specs();
-    if (loss.name != "cross_entropy" || target.dtype->kind == 'f' || outputs.empty() || outputs[0]->shape.size() < 2) return;
-    const tt::TensorSpec& logits = *outputs[0];
-    const std::vector<double> values = tt::floats_of(*logits.dtype, step_.output(0));
-    const auto classes = static_cast<size_t>(logits.shape[1]);
-    const size_t places = values.size() / static_cast<size_t>(logits.shape[0]) / classes;
-    for (size_t i = 0; i < labels.size() / target.dtype->bytes; ++i) {
-      const int64_t label = tt::whole_at(*target.dtype, labels, i);
-      if (label == loss.ignore_index) continue;
-      const double* first = values.data() + i / places * classes * places + i % places;
-      size_t best = 0;
-      for (size_t c = 1; c < classes; ++c) best = first[c * places] > first[best * places] ? c : best;
-      right_ += static_cast<int64_t>(best) == label;
-      ++labels_;
-    }
-  }
-
-  std::vector<const tt::TensorSpec*> output_specs() const { return step_.specs("train_step", tt::Role::kOutput); }
 
   double mean_loss() const {
     double sum = 0;
@@ -275,7 +273,7 @@ class Run {
 
   void results(Line& line) const {
     line.number("loss", mean_loss(), "loss %.4f");
-    if (labels_) line.number("accuracy", static_cast<double>(right_) / static_cast<double>(labels_), "accuracy %.3f");
+    accuracy(line, answers_);
     line.number("ms_per_step", median(milliseconds_), "%.1f ms/step");
   }
 
@@ -291,7 +289,7 @@ class Run {
     last_loss_ = losses_.back();
     milliseconds_.clear();
     losses_.clear();
-    right_ = labels_ = 0;
+    answers_ = {};
   }
 
   void save() {
@@ -300,72 +298,56 @@ class Run {
     saved_ = kept_ = true;
   }
 
+  static void samples(Line& line, uint64_t count, const std::string& link, const std::string& file) {
+    line.add("samples", std::to_string(count) + " samples " + link + " " + file, std::to_string(count));
+    line.add("file", "", tt::quoted(file));
+  }
+
+  void predicted() const {
+    Line line(options_.json, "predicted");
+    samples(line, data_.size(), "to", options_.predict);
+    line.print();
+  }
+
+  void evaluated(const tt::Evaluation& evaluation) const {
+    Line line(options_.json, "evaluated");
+    samples(line, evaluation.samples, "of", test_.where());
+    line.number("loss", evaluation.tally.mean(), "loss %.6f");
+    accuracy(line, evaluation.tally);
+    line.print();
+  }
+
+  static void accuracy(Line& line, const tt::Tally& tally) {
+    if (tally.labels) line.number("accuracy", tally.accuracy(), "accuracy %.3f");
+  }
+
   void done() const {
     Line line(options_.json, stopped ? "stopped" : "done");
+    const uint64_t trained = step_.steps() - before_;
     line.add("steps", std::to_string(step_.steps()) + " steps", std::to_string(step_.steps()));
-    line.number("loss", losses_.empty() ? last_loss_ : losses_.back(), "last loss %.6f");
-    line.number("ms_per_step", median(all_), "%.1f ms/step");
+    line.add("trained", trained ? "" : "nothing trained", std::to_string(trained));
+    if (trained) {
+      line.number("loss", losses_.empty() ? last_loss_ : losses_.back(), "last loss %.6f");
+      line.number("ms_per_step", median(all_), "%.1f ms/step");
+      line.add("left_out", "", std::to_string(left_out()));
+    }
     line.whole("threads", static_cast<uint64_t>(step_.threads()));
-    if (kept_) line.add("checkpoint", "saved " + options_.checkpoint, tt::quoted(options_.checkpoint));
+    if (kept_) line.add("checkpoint", (trained ? "saved " : "restored ") + options_.checkpoint, tt::quoted(options_.checkpoint));
     line.print();
   }
 
   const Options& options_;
   tt::Step& step_;
-  const tt::Dataset& data_;
+  const tt::Dataset &data_, &test_;
+  uint64_t before_;  // steps taken when it began
   uint64_t batch_, per_epoch_, total_, log_, epoch_ = 0;
   std::vector<uint64_t> order_;
   std::vector<double> milliseconds_, all_, losses_;
   double lr_ = 0, last_loss_ = NAN;
-  int64_t right_ = 0, labels_ = 0;
+  tt::Tally answers_;
   bool saved_ = true;  // false after a step: a run without one leaves the checkpoint as it is
   bool kept_;          // whether the checkpoint has this state
 };
-
-// All samples, a batch at a time; the last one is filled up by the step.
-void Run::predict() const {
-  const auto inputs = step_.specs("predict", tt::Role::kInput), outputs = step_.specs("predict", tt::Role::kOutput);
-  std::vector<std::string> all(outputs.size());
-  for (uint64_t start = 0; start < data_.size() && !stopped; start += batch_) {
-    const uint64_t size = std::min(batch_, data_.size() - start);
-    std::vector<uint64_t> rows(size);
-    for (uint64_t i = 0; i < size; ++i) rows[i] = start + i;
-    std::vector<std::string> values;
-    std::vector<tt::Shape> shapes;
-    std::vector<tvmtrain_array> given, made;
-    const auto shape_of = [&](const tt::TensorSpec& spec) {
-      return tt::shape_for(spec, static_cast<int64_t>(size), step_.manifest().batch);
-    };
-    for (const auto* side : {&inputs, &outputs}) {
-      for (const tt::TensorSpec* spec : *side) shapes.push_back(shape_of(*spec));
-    }
-    for (size_t i = 0; i < inputs.size(); ++i) values.push_back(data_.batch(i, rows.data(), size));
-    for (size_t i = 0; i < outputs.size(); ++i) {
-      uint64_t bytes = 0;
-      tt::byte_count(shapes[inputs.size() + i], *outputs[i]->dtype, &bytes);
-      values.emplace_back(bytes, '\0');
-    }
-    for (size_t i = 0; i < values.size(); ++i) {
-      const tt::TensorSpec& spec = *(i < inputs.size() ? inputs[i] : outputs[i - inputs.size()]);
-      (i < inputs.size() ? given : made).push_back({values[i].data(), spec.dtype->code, static_cast<int>(shapes[i].size()), shapes[i].data()});
-    }
-    step_.predict(given.data(), made.data());
-    for (size_t i = 0; i < outputs.size(); ++i) {
-      if (data_.size() > batch_ && !tt::rows_of(*outputs[i], step_.manifest().batch)) throw tt::whole_batch(*outputs[i], step_.manifest().batch);
-      all[i] += values[inputs.size() + i];
-    }
-  }
-  if (stopped) return;
-  std::map<std::string, tt::TensorView> tensors;
-  for (size_t i = 0; i < outputs.size(); ++i) {
-    tensors[outputs[i]->name] = {outputs[i]->dtype, tt::shape_for(*outputs[i], static_cast<int64_t>(data_.size()), step_.manifest().batch), all[i]};
-  }
-  std::vector<const tt::TensorView*> order;
-  const std::string header = tt::tensor_header(tensors, {}, &order);
-  std::vector<std::string_view> parts{header};
-  for (const tt::TensorView* tensor : order) parts.push_back(tensor->bytes);
-  tt::replace_file(options_.predict, parts);
-}
 
 void check_memory(const tt::Manifest& manifest, int threads, const tt::Use& use) {
   const int64_t needed = tt::needed_memory(manifest, threads, use), available = tt::memory().available;
@@ -376,26 +358,44 @@ void check_memory(const tt::Manifest& manifest, int threads, const tt::Use& use)
   }
 }
 
+// A file of samples, open.
+class File {
+ public:
+  File(const std::string& path, const tt::Manifest& manifest) : pieces_(opened(path)), data(pieces_, manifest, path) {}
+
+ private:
+  static tt::Pieces opened(const std::string& path) {
+    try {
+      return tt::Pieces(path);
+    } catch (const std::system_error& error) {
+      throw tt::input_error(path + " cannot be read: " + std::strerror(error.code().value()));
+    }
+  }
+
+  const tt::Pieces pieces_;
+
+ public:
+  const tt::Dataset data;
+};
+
 int run(const Options& options) {
   if (!options.affinity.empty()) tt::use_processors(options.affinity);
   const int threads = options.threads ? static_cast<int>(options.threads) : tt::default_threads();
   if (!options.anyway) {
-    const tt::Use use{!options.checkpoint.empty(), options.resume && exists(options.checkpoint), !options.predict.empty()};
+    const tt::Use use{!options.checkpoint.empty(), options.resume && exists(options.checkpoint), !options.predict.empty() || options.evaluates()};
     check_memory(tt::read_manifest(options.artifact), threads, use);
   }
   const std::unique_ptr<tt::Step> loaded = tt::Step::load(options.artifact, threads);
   tt::Step& step = *loaded;
-  try {
-    const tt::Pieces file(options.data);
-    const tt::Dataset data(file, step.manifest(), options.data);
-    const bool restored = options.resume && exists(options.checkpoint);
-    if (restored) step.restore(options.checkpoint);
-    Run run(options, step, data, restored);
-    run.train();
-    if (!options.predict.empty()) run.predict();
-  } catch (const std::system_error& error) {
-    throw tt::input_error(options.data + " cannot be read: " + std::strerror(error.code().value()));
-  }
+  const File file(options.data, step.manifest());
+  const std::unique_ptr<const File> other = options.eval_data.empty() ? nullptr : std::make_unique<const File>(options.eval_data, step.manifest());
+  const tt::Dataset& test = other ? other->data : file.data;
+  // All of them now: one that is found after an hour ends a run.
+  if (options.trains()) file.data.check_labels();
+  if (options.evaluates()) test.check_labels();
+  const bool restored = options.resume && exists(options.checkpoint);
+  if (restored) step.restore(options.checkpoint);
+  Run(options, step, file.data, test, restored).all();
   return stopped ? 130 : 0;
 }
 

@@ -50,6 +50,10 @@ std::string_view checked_bytes(const TensorSpec& spec, const tvmtrain_array& arr
   return {static_cast<const char*>(array.data), static_cast<size_t>(bytes)};
 }
 
+void check_all(const TensorSpec& spec, std::string_view bytes, const Loss& loss) {
+  check_values(spec, bytes, loss, [&](size_t flat) { return place_in(spec.shape, flat); });
+}
+
 void check_shape(const TensorSpec& spec, const Shape& got, int64_t batch) {
   if (got == spec.shape) return;
   std::string message = spec.shown() + " has shape " + shown(got) + "; want " + shown(spec.shape);
@@ -137,6 +141,7 @@ class VmStep final : public Step {
 
   double train(const tvmtrain_array* inputs, const tvmtrain_array* targets, double rate) override;
   void predict(const tvmtrain_array* inputs, const tvmtrain_array* outputs) const override;
+  double loss(const std::vector<std::string>& outputs, const std::vector<std::string>& targets) const override;
   void save(const std::string& file) const override;
   void restore(const std::string& file) override;
   void read(const std::string& name, const tvmtrain_array& array) const override;
@@ -155,10 +160,10 @@ class VmStep final : public Step {
   ffi::Tensor tensor(const Shape& shape, const DType& dtype, std::string_view bytes) const;
   std::string bytes_of(const ffi::Tensor& tensor) const;
   std::vector<ffi::Tensor> run(const Entry& entry, const Given& given, const Tensors& state) const;
+  double loss_of(const Entry& entry, const std::vector<ffi::Tensor>& results) const;
   Tensors prepared(Tensors state) const;
   Given batch(const tvmtrain_array* inputs, const tvmtrain_array* targets) const;
   void add_channels(Given& given) const;
-  void check_values(const TensorSpec& spec, std::string_view bytes) const;
   SelectionState initial_selection(const TensorFile& parameters) const;
 
   Manifest manifest_;
@@ -278,6 +283,13 @@ std::vector<ffi::Tensor> VmStep::run(const Entry& entry, const Given& given, con
   return tensors;
 }
 
+double VmStep::loss_of(const Entry& entry, const std::vector<ffi::Tensor>& results) const {
+  for (size_t i = 0; i < results.size(); ++i) {
+    if (entry.outputs[i].role == Role::kLoss) return float_at(*entry.outputs[i].dtype, bytes_of(results[i]), 0);
+  }
+  return NAN;
+}
+
 // With what the compiled step has of the frozen weights: folded once, here, and not in every step.
 VmStep::Tensors VmStep::prepared(Tensors state) const {
   const Entry* entry = manifest_.find("prepare");
@@ -300,14 +312,6 @@ SelectionState VmStep::initial_selection(const TensorFile& parameters) const {
   return state;
 }
 
-void VmStep::check_values(const TensorSpec& spec, std::string_view bytes) const {
-  if (spec.dtype->kind == 'f') {
-    check_finite(spec, bytes);
-  } else if (spec.role == Role::kTarget && manifest_.loss.name == "cross_entropy") {
-    check_labels(spec, bytes, manifest_.loss);
-  }
-}
-
 VmStep::Given VmStep::batch(const tvmtrain_array* inputs, const tvmtrain_array* targets) const {
   Given given;
   for (Role role : {Role::kInput, Role::kTarget}) {
@@ -317,7 +321,7 @@ VmStep::Given VmStep::batch(const tvmtrain_array* inputs, const tvmtrain_array* 
     for (size_t i = 0; i < wanted.size(); ++i) {
       check_shape(*wanted[i], shape_of(arrays[i]), manifest_.batch);
       const std::string_view bytes = checked_bytes(*wanted[i], arrays[i]);
-      check_values(*wanted[i], bytes);
+      check_all(*wanted[i], bytes, manifest_.loss);
       given[{role, wanted[i]->name}] = tensor(wanted[i]->shape, *wanted[i]->dtype, bytes);
     }
   }
@@ -342,10 +346,7 @@ double VmStep::train(const tvmtrain_array* inputs, const tvmtrain_array* targets
   add_channels(given);
   given[{Role::kRate, rate_spec.name}] = tensor({}, *rate_spec.dtype, rounded);
   const std::vector<ffi::Tensor> results = run(entry, given, tensors_);
-  double loss = NAN;
-  for (size_t i = 0; i < results.size(); ++i) {
-    if (entry.outputs[i].role == Role::kLoss) loss = float_at(*entry.outputs[i].dtype, bytes_of(results[i]), 0);
-  }
+  const double loss = loss_of(entry, results);
   // The state was changed in place and is the old one again: the step saw to that itself.
   if (!std::isfinite(loss)) return loss;
   outputs_.clear();
@@ -367,7 +368,7 @@ void VmStep::predict(const tvmtrain_array* inputs, const tvmtrain_array* outputs
   for (size_t i = 0; i < taken.size(); ++i) {
     agree(*taken[i], samples_of(*taken[i], shape_of(inputs[i]), batch), &count);
     bytes.push_back(checked_bytes(*taken[i], inputs[i]));
-    check_values(*taken[i], bytes.back());
+    check_all(*taken[i], bytes.back(), manifest_.loss);
   }
   if (count == 0) count = batch;
   for (size_t i = 0; i < made.size(); ++i) {
@@ -396,6 +397,22 @@ void VmStep::predict(const tvmtrain_array* inputs, const tvmtrain_array* outputs
       ++i;
     }
   }
+}
+
+double VmStep::loss(const std::vector<std::string>& outputs, const std::vector<std::string>& targets) const {
+  const Entry& entry = manifest_.entry("loss");
+  Given given;
+  const auto add = [&](const std::vector<const TensorSpec*>& specs, const std::vector<std::string>& values) {
+    for (size_t i = 0; i < specs.size(); ++i) {
+      const std::string& bytes = values.at(i);
+      if (bytes.size() != specs[i]->bytes()) throw whole_batch(*specs[i], manifest_.batch);
+      given[{specs[i]->role, specs[i]->name}] = tensor(specs[i]->shape, *specs[i]->dtype, bytes);
+    }
+  };
+  add(specs("predict", Role::kOutput), outputs);
+  add(specs("train_step", Role::kTarget), targets);
+  const std::vector<ffi::Tensor> results = run(entry, given, tensors_);
+  return loss_of(entry, results);
 }
 
 void VmStep::save(const std::string& file) const {

@@ -33,6 +33,10 @@ class Step {
 
   // As the functions of tvmtrain.h.
   virtual void predict(const tvmtrain_array* inputs, const tvmtrain_array* outputs) const = 0;
+
+  // The compiled loss of a whole batch: the bytes of what predict gives and of the targets, each in order. Throws an input error for others.
+  virtual double loss(const std::vector<std::string>& outputs, const std::vector<std::string>& targets) const = 0;
+
   virtual void save(const std::string& file) const = 0;
   virtual void restore(const std::string& file) = 0;
   virtual void read(const std::string& name, const tvmtrain_array& array) const = 0;

@@ -1,5 +1,6 @@
 #include "stored.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <charconv>
 #include <cstring>
@@ -59,6 +60,20 @@ std::string differences(const std::map<std::string, TensorView>& state, const Wa
   return wrong.size() > 5 ? text + " and " + std::to_string(wrong.size() - 5) + " more" : text;
 }
 
+bool begins(const std::string& name, const char* prefix) { return name.rfind(prefix, 0) == 0; }
+
+// Whether ``state`` has all parameters and buffers of ``wanted``, and differs in what depends on how a model is trained.
+bool same_model(const std::map<std::string, TensorView>& state, const Wanted& wanted) {
+  for (const auto& [name, spec] : wanted) {
+    if (spec.role != Role::kParameter && spec.role != Role::kBuffer) continue;
+    const auto found = state.find(name);
+    if (found == state.end() || found->second.shape != spec.shape || found->second.dtype != spec.dtype) return false;
+  }
+  return std::all_of(state.begin(), state.end(), [&](const auto& one) {
+    return wanted.count(one.first) || begins(one.first, "optimizer:") || begins(one.first, "selection:") || begins(one.first, "random:");
+  });
+}
+
 // One sha256 over the facts and every tensor: name, dtype, shape, values.
 std::string digest_of(const std::map<std::string, std::string>& facts, const std::map<std::string, TensorView>& state) {
   std::string text = "{", between;
@@ -82,7 +97,7 @@ std::string fact(const std::map<std::string, std::string>& facts, const char* na
 }
 
 uint64_t checked_steps(const TensorFile& file, const std::string& where) {
-  if (fact(file.facts, "kind") != "checkpoint") throw checkpoint_error(where + ": it was not written by tvmtrain_save or TrainStep.save");
+  if (fact(file.facts, "kind") != "checkpoint") throw checkpoint_error(where + ": it was not written by tvmtrain_save or TrainStep.save; weights alone become a checkpoint where Python is: step.load_state_dict(weights), then step.save(file)");
   if (const std::string format = fact(file.facts, "format"); format != kCheckpointFormat) {
     throw checkpoint_error(where + ": format " + format + ", and this tvmtrain reads format " + kCheckpointFormat);
   }
@@ -143,6 +158,9 @@ TensorFile read_checkpoint(std::string_view data, const Wanted& wanted, const st
     TensorFile file = parse_tensors(data);
     *steps = checked_steps(file, where);
     const std::string wrong = differences(file.tensors, wanted);
+    if (!wrong.empty() && same_model(file.tensors, wanted)) {
+      throw checkpoint_error(where + " does not fit this model: " + wrong + "; it is of this model with another plan or optimizer: compile with the same --plan and --optimizer as the step that wrote it");
+    }
     if (!wrong.empty()) throw checkpoint_error(where + " does not fit this model: " + wrong);
     return file;
   } catch (const std::invalid_argument& error) {

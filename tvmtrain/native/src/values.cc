@@ -53,8 +53,25 @@ bool nonfinite(const DType& dtype, std::string_view bytes) {
   return any_nonfinite<uint64_t>(bytes, 0x7FF0000000000000);
 }
 
-// The place of element number ``flat``, as "(0, 3)".
-std::string place(const Shape& shape, size_t flat) {
+void check_finite(const TensorSpec& spec, std::string_view bytes, const Place& place) {
+  if (!nonfinite(*spec.dtype, bytes)) return;
+  size_t first = 0;
+  while (std::isfinite(float_at(*spec.dtype, bytes, first))) ++first;
+  throw input_error(spec.shown() + " has NaN or infinite values, the first at " + place(first));
+}
+
+void check_labels(const TensorSpec& spec, std::string_view bytes, const Loss& loss, const Place& place) {
+  for (size_t i = 0; i < bytes.size() / spec.dtype->bytes; ++i) {
+    const int64_t label = whole_at(*spec.dtype, bytes, i);
+    if ((label >= 0 && label < *loss.classes) || label == loss.ignore_index) continue;
+    const std::string ignored = loss.ignore_index ? ", or " + std::to_string(*loss.ignore_index) + " to be ignored" : "";
+    throw input_error(spec.shown() + " has the label " + std::to_string(label) + " at " + place(i) + "; want 0.." + std::to_string(*loss.classes - 1) + ignored);
+  }
+}
+
+}  // namespace
+
+std::string place_in(const Shape& shape, size_t flat) {
   std::string text;
   for (size_t axis = shape.size(); axis-- > 0;) {
     const auto size = static_cast<size_t>(shape[axis]);
@@ -66,24 +83,11 @@ std::string place(const Shape& shape, size_t flat) {
   return "(" + text + ")";
 }
 
-}  // namespace
+bool has_labels(const TensorSpec& spec, const Loss& loss) { return spec.role == Role::kTarget && spec.dtype->kind != 'f' && loss.name == "cross_entropy" && loss.classes; }
 
-void check_finite(const TensorSpec& spec, std::string_view bytes) {
-  if (!nonfinite(*spec.dtype, bytes)) return;
-  size_t first = 0;
-  while (std::isfinite(float_at(*spec.dtype, bytes, first))) ++first;
-  throw input_error(spec.shown() + " has NaN or infinite values, the first at " + place(spec.shape, first));
-}
-
-void check_labels(const TensorSpec& spec, std::string_view bytes, const Loss& loss) {
-  if (!loss.classes) return;
-  for (size_t i = 0; i < bytes.size() / spec.dtype->bytes; ++i) {
-    const int64_t label = whole_at(*spec.dtype, bytes, i);
-    if ((label >= 0 && label < *loss.classes) || label == loss.ignore_index) continue;
-    const std::string ignored = loss.ignore_index ? ", or " + std::to_string(*loss.ignore_index) + " to be ignored" : "";
-    throw input_error(spec.shown() + " has the label " + std::to_string(label) + " at " + place(spec.shape, i) + "; want 0.." +
-                      std::to_string(*loss.classes - 1) + ignored);
-  }
+void check_values(const TensorSpec& spec, std::string_view bytes, const Loss& loss, const Place& place) {
+  if (spec.dtype->kind == 'f') check_finite(spec, bytes, place);
+  if (has_labels(spec, loss)) check_labels(spec, bytes, loss, place);
 }
 
 double float_at(const DType& dtype, std::string_view bytes, size_t i) {
@@ -108,6 +112,13 @@ int64_t whole_at(const DType& dtype, std::string_view bytes, size_t i) {
 std::vector<double> floats_of(const DType& dtype, std::string_view bytes) {
   std::vector<double> values(bytes.size() / dtype.bytes);
   for (size_t i = 0; i < values.size(); ++i) values[i] = float_at(dtype, bytes, i);
+  return values;
+}
+
+std::vector<double> numbers_of(const DType& dtype, std::string_view bytes) {
+  if (dtype.kind == 'f') return floats_of(dtype, bytes);
+  std::vector<double> values(bytes.size() / dtype.bytes);
+  for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<double>(whole_at(dtype, bytes, i));
   return values;
 }
 
