@@ -76,6 +76,7 @@ def test_twenty_steps_on_a_board_are_those_of_this_machine(
 
     lines, _ = _train(board, folder, samples, "--log", "1", "--threads", "1", "--checkpoint", str(tmp_path / "there"))
     _same([line["loss"] for line in lines[:-1]], losses, tmp_path)
+    assert {line["ms_per_step"] for line in lines} == {None}, "an emulator's times are nobody's"
     step.restore(tmp_path / "there")
     assert step.steps == STEPS
 

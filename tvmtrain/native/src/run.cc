@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "data.h"
+#include "emulated.h"
 #include "error.h"
 #include "files.h"
 #include "json.h"
@@ -274,7 +275,13 @@ class Run {
   void results(Line& line) const {
     line.number("loss", mean_loss(), "loss %.4f");
     accuracy(line, answers_);
-    line.number("ms_per_step", median(milliseconds_), "%.1f ms/step");
+    time(line, milliseconds_);
+  }
+
+  // An emulator's times are nobody's.
+  void time(Line& line, const std::vector<double>& milliseconds) const {
+    if (emulated_) return line.add("ms_per_step", "emulated: no times", "null");
+    line.number("ms_per_step", median(milliseconds), "%.1f ms/step");
   }
 
   // Since the last line.
@@ -328,7 +335,7 @@ class Run {
     line.add("trained", trained ? "" : "nothing trained", std::to_string(trained));
     if (trained) {
       line.number("loss", losses_.empty() ? last_loss_ : losses_.back(), "last loss %.6f");
-      line.number("ms_per_step", median(all_), "%.1f ms/step");
+      time(line, all_);
       line.add("left_out", "", std::to_string(left_out()));
     }
     line.whole("threads", static_cast<uint64_t>(step_.threads()));
@@ -337,6 +344,7 @@ class Run {
   }
 
   const Options& options_;
+  const bool emulated_ = !tt::emulated().empty();
   tt::Step& step_;
   const tt::Dataset &data_, &test_;
   uint64_t before_;  // steps taken when it began

@@ -22,6 +22,7 @@
 #include <utility>
 #include <vector>
 
+#include "emulated.h"
 #include "memory.h"
 
 namespace tt {
@@ -109,17 +110,6 @@ std::string Architecture() {
   return machine == "aarch64" && sizeof(void*) == 4 ? "armv7l" : machine;
 }
 
-// Why times of this machine mean nothing; "" where it is what it says.
-std::string Emulated() {
-  if (session->settings.emulated) return "--emulated";
-  if (Read("/proc/self/comm").rfind("qemu-", 0) == 0) return "the process is run by qemu";
-  for (const char* name : {"QEMU_CPU", "QEMU_LD_PREFIX"}) {
-    if (std::getenv(name) != nullptr) return std::string(name) + " is set";
-  }
-  if (Architecture() != "x86_64" && !Field(Read("/proc/cpuinfo"), "vendor_id").empty()) return "/proc/cpuinfo is of an x86";
-  return "";
-}
-
 std::string Tell() {
   std::string processor = Read("/proc/cpuinfo");
   const Memory here = memory();
@@ -131,7 +121,7 @@ std::string Tell() {
       << ", \"memory\": " << here.total << ", \"available\": " << here.available
       << ", \"hwcap\": [" << getauxval(AT_HWCAP) << ", " << getauxval(AT_HWCAP2) << "]"
       << ", \"flags\": " << Quoted(Field(processor, "flags")) << ", \"gpu\": false"
-      << ", \"emulated\": " << Quoted(Emulated()) << "}";
+      << ", \"emulated\": " << Quoted(session->settings.emulated ? std::string("--emulated") : tt::emulated()) << "}";
   return out.str();
 }
 
