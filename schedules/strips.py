@@ -42,6 +42,7 @@ def bring_strips(sch: Schedule, block: Block, shape: Tile, at: LoopRV, device: D
     """The columns that all tiles of rows read in turn: made there, or copied without gaps, of a page each, that miss in every cache."""
     again = prod(block.extents[axis] // size for axis, size in shape.rows)
     rows = [axis for axis, _ in shape.rows]
+    together = 0
     for i, read in enumerate(block.reads):
         if not in_strips(block, read) or any(read.strides[a] for a in rows):
             continue
@@ -52,10 +53,11 @@ def bring_strips(sch: Schedule, block: Block, shape: Tile, at: LoopRV, device: D
             made = sch.cache_read(sch.get_sblock(block.name), i, "global")
         if made is not None:
             _as_lines(sch, made, [int(d) for d in read.buffer.shape], block.extents[shape.axis])
-            at, together = _group(sch, block, shape, at, device)
+            if not together:
+                at, together = _group(sch, block, shape, at, device)
             sch.compute_at(made, at)
             sch.vectorize(sch.split(sch.get_loops(made)[-1], factors=[None, shape.lanes])[1])
-            if together > 1:
+            if together > 1 and gap:
                 _strip_by_strip(sch, made, shape.columns * shape.lanes)
 
 
@@ -65,7 +67,8 @@ def _group(sch: Schedule, block: Block, shape: Tile, at: LoopRV, device: Device)
     size = 4 * lines * shape.columns * shape.lanes
     most = min(TOGETHER, device.caches.l2 // PART // size) if lines > FOLLOWED else 1
     together = max(divisors(extent_of(sch, at), most), default=1)
-    if together == 1 or sch.get(at).kind != tirx.ForKind.SERIAL:
+    # Without rows it is the innermost loop over tiles, which the caller goes on with.
+    if together == 1 or not shape.rows or sch.get(at).kind != tirx.ForKind.SERIAL:
         return at, 1
     return sch.split(at, factors=[None, together])[0], together
 

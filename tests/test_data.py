@@ -88,6 +88,10 @@ def test_normalization_per_channel_and_as_one_number(tmp_path):
         read(path, normalization=data.Normalization((0.1, 0.2)))
     with pytest.raises(InputError, match="positive"):
         data.Normalization(std=(0.0,))
+    with pytest.raises(InputError, match="std is"):
+        data.Normalization(std=(1e-46,))
+    with pytest.raises(InputError, match="mean is"):
+        data.Normalization(mean=(float("nan"),))
 
 
 @pytest.mark.parametrize("size", [(5, 7), (16, 9), (48, 48), (8, 13)])
@@ -218,6 +222,9 @@ def test_arrays_are_not_stretched(tmp_path):
     path = save(tmp_path / "d.npz", x=images(height=4, width=8).transpose(0, 3, 1, 2), y=labels())
     with pytest.raises(InputError, match=r"d\.npz: 'x' has images of 4x8 and the step takes 8x8.*crop or pad.*--x 4x3x4x8"):
         read(path)
+    empty = save(tmp_path / "empty.npz", x=np.zeros((4, 3, 8, 0), "float32"), y=labels()[:4])
+    with pytest.raises(InputError, match="images of 8x0: no pixels"):
+        read(empty)
     assert read(path, image_manifest(height=12, width=24)).notes == (f"{path}: x: 4x8 resized to 12x24",)
 
 

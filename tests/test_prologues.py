@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from relax_cases import close, module, run
 from torch.nn import functional as F
-from tvm import relax
+from tvm import relax, tirx
 from tvm.relax import op as R
 
 from tvmtrain import lowering, operators, targets
@@ -78,6 +78,7 @@ CASES = {
     "pointwise, large map": ((2, 16, 24, 56), {}),
     "pointwise, 7x7": ((2, 96, 24, 7), {}),
     "pointwise, prime": ((1, 13, 11, 17), {}),
+    "pointwise, 17 filters": ((2, 32, 17, 32), {}),
     "3x3": ((2, 16, 8, 14), {"kernel": 3}),
     "3x3, stride 2": ((2, 16, 8, 15), {"kernel": 3, "stride": 2}),
     "depthwise": ((2, 24, 24, 28), {"kernel": 3, "depthwise": True}),
@@ -119,6 +120,14 @@ def test_nothing_stands_by_itself(name: str):
     assert len(names) == 1, names
     assert "clip" in names[0]
     assert "conv2d" in names[0]
+
+
+def test_a_tile_without_rows_stays_a_tile():
+    """17 filters are no whole rows of registers: the strips are brought for one filter at a time."""
+    arrays, geometry = case(*CASES["pointwise, 17 filters"][0])
+    lowered = lowering.lower(module(gradients(geometry, ("conv2d",)), *arrays), targets.load("x86-64-v3"))
+    (kernel,) = [f.script() for f in lowered.functions.values() if isinstance(f, tirx.PrimFunc)]
+    assert 'scope="local"' in kernel
 
 
 def test_a_value_that_is_returned_is_made_once():

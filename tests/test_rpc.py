@@ -244,13 +244,15 @@ def test_another_key_is_refused_by_name(start: Start, kind: str) -> None:
 
 def test_nobody_there() -> None:
     with pytest.raises(
-        RemoteError, match=r"^127\.0\.0\.1:1 cannot be reached: nothing listens there; start `tvmtrain serve`.*-serve of"
+        RemoteError, match=r"^127\.0\.0\.1:1 cannot be reached: nothing answers there: .*; start `tvmtrain serve`.*-serve of"
     ):
         remote.connect("127.0.0.1:1")
     with pytest.raises(
         RemoteError, match=r"^board\.invalid:9090 cannot be reached: .* does not know the name 'board\.invalid' \("
     ):
         remote.connect("board.invalid:9090")
+    with pytest.raises(RemoteError, match=r"does not know the name '192\.168\.0\.\.7'"):
+        remote.connect("192.168.0..7:9090")
     with pytest.raises(RemoteError, match=r"no tracker answers at 127\.0\.0\.1:1"):
         remote.connect_through("127.0.0.1:1", KEY)
     for text in ("nowhere", "host:", "host:99999", ":1"):

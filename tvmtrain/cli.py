@@ -716,13 +716,13 @@ def _deploy(options: argparse.Namespace, out: Console) -> Outcome:
 
 
 def _say_left_out(samples: Data, manifest: Manifest, out: Console) -> None:
-    """As the board's runner will. Raises ``InputError`` for too few samples to train on."""
+    """As the board's runner will; fewer samples than a batch are enough to predict and to evaluate."""
     from tvmtrain import batches
 
-    if samples.train is not None:
-        batches.per_epoch(len(samples.train), manifest.batch)
-        if rest := batches.left_out(len(samples.train), manifest.batch):
-            out.line(rest)
+    if samples.train is not None and len(samples.train) < manifest.batch:
+        out.line(f"note: {len(samples.train)} samples are too few to train on: a batch is {manifest.batch}")
+    elif samples.train is not None and (rest := batches.left_out(len(samples.train), manifest.batch)):
+        out.line(rest)
 
 
 def _boards(options: argparse.Namespace, out: Console) -> Fleet | None:

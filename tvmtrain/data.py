@@ -41,8 +41,10 @@ class Normalization:
     std: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
-        if any(not s > 0 for s in self.std):
-            raise InputError(f"std is {self.std}; want positive numbers")
+        if any(not 0 < np.float32(s) < np.inf for s in self.std):
+            raise InputError(f"std is {self.std}; want positive numbers that float32 has")
+        if any(not np.isfinite(np.float32(m)) for m in self.mean):
+            raise InputError(f"mean is {self.mean}; want numbers that float32 has")
 
     def check(self, channels: int) -> None:
         """Raise ``InputError`` unless there is one number, or one per channel."""
@@ -143,7 +145,7 @@ def load(
     train, test = (_dataset(part, specs, normalization, ready, path) for part in (found.train, found.test))
     for part in (train, test):
         _check(part, manifest.loss, path)
-    data = Data(train, test, found.classes, found.notes or _changes(train, path) + _changes(test, path))
+    data = Data(train, test, found.classes, found.notes if path.is_dir() else _changes(train, path) + _changes(test, path))
     if data.evaluation is None:
         raise InputError(f"{path}: no samples in it")
     return data
@@ -255,6 +257,10 @@ def _changes(dataset: Dataset | None, path: Path) -> tuple[str, ...]:
 
 def _check_stretch(stored: tuple[int, ...], spec: TensorSpec, path: Path) -> None:
     (height, width), (wanted_height, wanted_width) = stored, spec.shape[2:]
+    if not height or not width:
+        raise InputError(
+            f"{path}: {spec.name!r} has images of {height}x{width}: no pixels; want {wanted_height}x{wanted_width}"
+        )
     # A pixel more or less is rounding.
     if min(abs(wanted_width * height / width - wanted_height), abs(wanted_height * width / height - wanted_width)) > 1:
         batch, channels = spec.shape[:2]

@@ -191,12 +191,12 @@ def _layer(name: str, specs: Sequence[TensorSpec], manifest: Manifest) -> LayerS
 
 
 def runs_here(manifest: Manifest) -> bool:
-    """Whether this machine's processor is one that the step was compiled for."""
+    """Whether this machine's processor is one that the step was compiled for, and its GPU is there."""
     try:
         artifact.check_machine(manifest)
     except TvmtrainError:
         return False
-    return True
+    return targets.has_gpu() if artifact.on_gpu(manifest) else True
 
 
 def plot(folder: Path, path: Path, against: Path | None = None) -> None:

@@ -251,9 +251,10 @@ def _check_name(address: Address) -> None:
     """Raise ``RemoteError`` for a host of which nobody here knows the address."""
     try:
         socket.getaddrinfo(address.host, address.port)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name at all, "192.168.0..7"
+        why = getattr(error, "strerror", None) or error
         raise RemoteError(
-            f"{address} cannot be reached: this machine does not know the name {address.host!r} ({error.strerror}); check it, or give "
+            f"{address} cannot be reached: this machine does not know the name {address.host!r} ({why}); check it, or give "
             f"the board's number, as in 192.168.0.7:{address.port}"
         ) from error
 
@@ -332,7 +333,9 @@ def _refusal(error: Exception, where: str, key: str) -> str:
     text = str(error)
     if "matches key" in text:
         return f"{where} has another key than {key!r}: give the one that its server was started with"
-    reason = "nothing listens there" if "sock.Connect" in text else _reason(error)
+    reason = (
+        "nothing answers there: it is off, in another network, or has no server" if "sock.Connect" in text else _reason(error)
+    )
     return (
         f"{where} cannot be reached: {reason}; start `tvmtrain serve` on the board or, without Python there, bin/tvmtrain-serve of "
         "its bundle, with --host 0.0.0.0, and with the same --port and --key"

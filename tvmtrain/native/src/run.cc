@@ -49,7 +49,7 @@ files
   --resume           go on from --checkpoint if it is there, in the middle of an epoch too; else begin
   --predict FILE     at the end: the model's outputs for all samples of --data, as safetensors
   --eval             at the end: the mean loss over all samples of --data, and the accuracy where there are classes
-  --eval-data FILE   at the end: these of another file
+  --eval-data FILE   at the end: these of another file, and not of --data
 machine
   --threads N        to compute with (default: TVM_NUM_THREADS, else all physical cores)
   --affinity LIST    processors to use, as 4-7 or 0,2 (big or little cores)
@@ -71,7 +71,7 @@ struct Options {
   int64_t epochs = -1, steps = -1, every = 0, log = 0, warmup = 0, step_size = 1, threads = 0, seed = 0;
   double rate = -1, gamma = 0.1;
 
-  bool trains() const { return (predict.empty() && !eval) || steps >= 0 || epochs >= 0; }
+  bool trains() const { return steps > 0 || epochs > 0 || (steps < 0 && epochs < 0 && predict.empty() && !eval); }
   bool evaluates() const { return eval || !eval_data.empty(); }
 
   bool resume = false, eval = false, shuffle = false, json = false, anyway = false;
@@ -424,6 +424,8 @@ int main(int count, char** values) {
     std::fprintf(stderr, "error: %s; see --help\n", error.what());
     return 2;
   } catch (const std::bad_alloc&) {
+    std::fprintf(stderr, "error: there is not enough memory\n");
+  } catch (const std::length_error&) {  // more than any memory has
     std::fprintf(stderr, "error: there is not enough memory\n");
   } catch (const std::exception& error) {
     std::fprintf(stderr, "error: %s\n", error.what());
