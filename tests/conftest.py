@@ -58,6 +58,21 @@ LONG = (
     "test_resnet18_of_a_foreign_exporter_trains_with_the_same_losses",
     "test_steps_in_strips_are_the_same_steps",
     "test_table_of_the_gradient_filtering_paper[ResNet18]",
+    *(f"test_theme[{name}]" for name in ("convolutions", "products")),
+    "test_pools_of_any_geometry",
+    "test_convolutions_of_any_geometry",
+    "test_strips_compute_what_pytorch_computes",
+    "test_what_cannot_be_made_smaller_is_said",
+    "test_strips_are_tried_where_only_a_kernel_is_too_large",
+    "test_peers_may_train_more_than_a_plan",
+    "test_a_comparison_goes_on_without_those_who_fail",
+    "test_all_compute_the_same[dense]",
+    "test_masks_are_kept_instead_of_activations",
+    "test_the_arena_is_what_the_runtime_allocates[train_step]",
+    "test_a_trained_batchnorm_keeps_one_tensor[relu6]",
+    "test_channels_are_those_of_python",
+    "test_files_are_the_published_plans_and_fit_their_models[mcunet]",
+    *(f"test_network_with_batch_statistics_in_double_precision[{name}]" for name in ("vit", "squeezenet")),
 )
 
 
