@@ -631,6 +631,10 @@ def test_what_was_done_is_told(dense: Path, host: Path, tmp_path: Path) -> None:
     assert lines[1]["loss"] == pytest.approx(float(step.evaluate(arrays["x"], arrays["y"])))
     assert lines[2:] == [done]
 
+    few = _write_data(tmp_path / "few", (6,), 3, 3)
+    lines, _ = _run(host, dense, "--data", tmp_path / "few", "--threads", 1, "--epochs", 0, "--eval")
+    assert lines[0]["samples"] == len(few["x"]), "fewer than a batch: nothing is to be trained"
+
     told = _told(host, *words, "--resume", "--predict", out)
     assert told == [
         f"predicted  10 samples to {out}",
