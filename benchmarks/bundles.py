@@ -3,7 +3,7 @@
     python benchmarks/bundles.py [--device raspberry-pi-4b]
 
 10 classes, 4 images of 64x64, SGD with momentum. Weights are random, which packs as badly as trained ones. What is printed is the
-table of targets/README.md, and the size of TVM's libraries in the last row's. About a minute a row; TVM's libraries for the device
+table of targets/README.md, and the size of TVM's libraries in the last row's; they
 come from PyPI the first time.
 """
 

@@ -28,6 +28,7 @@ from tvm.ir.transform import PassContext, module_pass
 from tvmtrain import filtering, operators, signature
 from tvmtrain.errors import PlanError
 from tvmtrain.passes import views
+from tvmtrain.passes.sizes import shape_of
 
 AXES = ("rows", "columns")
 
@@ -56,9 +57,9 @@ class GradientFilter:
             raise _refusal(reader.name, f"a {reader.kind} layer reads it; only convolutions are filtered")
         patch = self.patches[reader.name]
         _check_geometry(reader, patch)
-        shape = [*_shape(reader.view if reader.view is not None else reader.weight)[:2], 1, 1]
+        shape = [*shape_of(reader.view if reader.view is not None else reader.weight)[:2], 1, 1]
         view = reader.view
-        if view is None or _shape(view) != shape:
+        if view is None or shape_of(view) != shape:
             view = relax.Var(f"view_{reader.name}", relax.TensorType(shape, reader.weight.ty.dtype))
         scaling = self.scaling if isinstance(self.scaling, str) else self.scaling.get(reader.name, "unbiased")
         geometry = operators.geometry_of(reader.call)
@@ -85,7 +86,7 @@ def _check_geometry(reader: views.Reader, patch: tuple[int, int]) -> None:
     shapes = [(int(s[2]), int(s[3])) for s in (reader.x.ty.shape, result)]
     output = filtering.of_output(shapes[1], patch)
     source = filtering.of_input(shapes[0], (rows, columns), output)
-    kernel, apart = _shape(reader.weight)[2:], filtering.steps(tuple(geometry["dilation"]), patch)
+    kernel, apart = shape_of(reader.weight)[2:], filtering.steps(tuple(geometry["dilation"]), patch)
     for axis, name in enumerate(AXES):
         size, count, extent, before = source.size[axis], source.places[axis], source.shape[axis], source.before[axis]
         if size * count < extent or before > size // 2:
@@ -104,7 +105,3 @@ def _check_geometry(reader: views.Reader, patch: tuple[int, int]) -> None:
 
 def _refusal(name: str, why: str) -> PlanError:
     return PlanError(f"gradient filter, weight {name!r}: {why}")
-
-
-def _shape(expr: relax.Expr) -> list[int]:
-    return [int(d) for d in expr.ty.shape]

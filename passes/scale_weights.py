@@ -18,7 +18,7 @@ from tvm.relax import op as R
 
 from tvmtrain import operators, signature
 from tvmtrain.passes.sides import Sides, name_of, with_backward
-from tvmtrain.passes.sizes import bytes_of
+from tvmtrain.passes.sizes import bytes_of, shape_of
 
 # A map is worth it that has so many times the bytes of its scaled weights, which are read and written.
 WORTH = 2
@@ -72,14 +72,10 @@ def _parts(value: relax.Expr) -> tuple[relax.Expr, relax.Expr] | None:
     if name_of(value) != "relax.multiply":
         return None
     for gy, scale in (value.args, reversed(value.args)):
-        shape = _shape(value)
-        if len(shape) == 4 and _shape(gy) == shape and _shape(scale) == [1, shape[1], 1, 1]:
+        shape = shape_of(value)
+        if len(shape) == 4 and shape_of(gy) == shape and shape_of(scale) == [1, shape[1], 1, 1]:
             return gy, scale
     return None
-
-
-def _shape(value: relax.Expr) -> list[int]:
-    return [int(d) for d in value.ty.shape]
 
 
 def _rewritten(builder: relax.BlockBuilder, old: relax.VarBinding, gy: relax.Expr, scale: relax.Expr) -> list[relax.VarBinding]:
@@ -92,7 +88,7 @@ def _rewritten(builder: relax.BlockBuilder, old: relax.VarBinding, gy: relax.Exp
         made.append(relax.VarBinding(relax.DataflowVar(f"{name}_scaled", value.ty) if var is None else var, value))
         return made[-1].var
 
-    filters = bind(R.reshape(scale, (_shape(scale)[1], 1, 1, 1)))
+    filters = bind(R.reshape(scale, (shape_of(scale)[1], 1, 1, 1)))
     if name_of(call) == operators.DGRAD:
         weight = bind(R.multiply(call.args[1], filters))
         bind(relax.Call(call.op, [gy, weight], call.attrs, call.ty_args), old.var)

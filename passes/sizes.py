@@ -1,4 +1,4 @@
-"""Bytes of tensors."""
+"""Shapes and bytes of tensors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from math import prod
 
 import tvm
 from tvm import relax, tirx
+
+
+def shape_of(expr: relax.Expr) -> list[int]:
+    """The shape of a tensor, in numbers."""
+    return [int(d) for d in expr.ty.shape]
 
 
 def size_of(shape: Sequence[int], dtype: str) -> int:

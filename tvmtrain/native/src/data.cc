@@ -92,8 +92,8 @@ Dataset::Column Dataset::column(const TensorSpec& spec, const TensorHeader& head
     throw input_error(where_ + ": '" + spec.name + "' is " + tensor.dtype->name + "; want " + spec.dtype->name +
                       (spec.role == Role::kInput && spec.dtype->kind == 'f' ? ", or uint8 images" : ""));
   }
-  const bool rows = !spec.shape.empty() && spec.shape[0] % batch == 0 && spec.shape[0] > 0 && !(spec.role == Role::kInput && spec.shape[0] != batch);
-  const int64_t each = rows ? spec.shape[0] / batch : 0;
+  const int64_t each = rows_of(spec, batch);
+  const bool rows = each > 0;
   const bool fits = rows ? tensor.shape.size() == spec.shape.size() && std::equal(spec.shape.begin() + 1, spec.shape.end(), tensor.shape.begin() + 1) && tensor.shape[0] % each == 0
                          : tensor.shape == spec.shape;
   if (!fits) throw input_error(where_ + ": '" + spec.name + "' has shape " + shown(tensor.shape) + "; want that of the step, " + shown(spec.shape) + ", with " + (rows ? "any number of samples" : "these very sizes"));

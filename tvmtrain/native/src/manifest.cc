@@ -325,6 +325,17 @@ void check_format(const Json& document) {
 
 const char* role_name(Role role) { return kRoles[static_cast<int>(role)]; }
 
+int64_t rows_of(const TensorSpec& spec, int64_t batch) {
+  if (spec.shape.empty() || spec.shape[0] % batch || (spec.role == Role::kInput && spec.shape[0] != batch)) return 0;
+  return spec.shape[0] / batch;
+}
+
+Shape shape_for(const TensorSpec& spec, int64_t count, int64_t batch) {
+  Shape shape = spec.shape;
+  if (const int64_t rows = rows_of(spec, batch)) shape[0] = rows * count;
+  return shape;
+}
+
 uint64_t TensorSpec::bytes() const {
   uint64_t bytes = 0;
   byte_count(shape, *dtype, &bytes);

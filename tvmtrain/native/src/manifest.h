@@ -37,6 +37,12 @@ struct TensorSpec {
   std::string shown() const;  // "input 'x'"
 };
 
+// Rows of axis 0 per sample; 0 for a tensor that all samples of a batch share.
+int64_t rows_of(const TensorSpec& spec, int64_t batch);
+
+// The shape of ``spec`` for ``count`` samples: that of the batch where they share it.
+Shape shape_for(const TensorSpec& spec, int64_t count, int64_t batch);
+
 struct Entry {
   std::string name;
   std::vector<TensorSpec> inputs, outputs;

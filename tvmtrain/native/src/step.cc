@@ -179,17 +179,6 @@ class VmStep final : public Step {
 
 }  // namespace
 
-int64_t rows_of(const TensorSpec& spec, int64_t batch) {
-  if (spec.shape.empty() || spec.shape[0] % batch || (spec.role == Role::kInput && spec.shape[0] != batch)) return 0;
-  return spec.shape[0] / batch;
-}
-
-Shape shape_for(const TensorSpec& spec, int64_t count, int64_t batch) {
-  Shape shape = spec.shape;
-  if (const int64_t rows = rows_of(spec, batch)) shape[0] = rows * count;
-  return shape;
-}
-
 Error whole_batch(const TensorSpec& spec, int64_t batch) {
   return input_error(spec.shown() + " of shape " + shown(spec.shape) + " is one for a whole batch; give exactly " + std::to_string(batch) + " samples");
 }

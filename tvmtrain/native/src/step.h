@@ -13,12 +13,6 @@
 
 namespace tt {
 
-// Rows of axis 0 per sample; 0 for a tensor that all samples of a batch share.
-int64_t rows_of(const TensorSpec& spec, int64_t batch);
-
-// The shape of ``spec`` for ``count`` samples: that of the batch where they share it.
-Shape shape_for(const TensorSpec& spec, int64_t count, int64_t batch);
-
 // The error about another number of samples than a batch, where ``spec`` is one for all of them.
 Error whole_batch(const TensorSpec& spec, int64_t batch);
 
