@@ -290,9 +290,16 @@ def test_the_cost_model_learns_and_is_asked(folder: Path, monkeypatch: pytest.Mo
         asked.append(scores := whole(self, context, candidates))
         return scores
 
+    def heaviest(*given):
+        return [max(found(*given), key=lambda task: task.flops)]
+
+    found = tuner.find_tasks
+    # Which of several tasks gets the trials depends on the clock; and a small one has few schedules: two of them are a round.
+    monkeypatch.setattr(tuner, "find_tasks", heaviest)
+    monkeypatch.setattr(tuner, "ROUND", 2)
     monkeypatch.setattr(trials, "LEARNED", 6)
     monkeypatch.setattr(ms.cost_model.XGBModel, "predict", predict)
-    assert search(36).failed == 0
+    assert search(24).failed == 0
     assert asked
     assert all(np.isfinite(scores).all() and len(scores) > tuner.ROUND for scores in asked)
 
