@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from math import prod
+from typing import Any
 
 from tvm import tirx
 from tvm.s_tir import Schedule
@@ -28,7 +29,7 @@ from tvmtrain.schedules.blocks import FAILURES, Access, Block, describe, merged
 from tvmtrain.schedules.decisions import DEFAULT, Decisions
 from tvmtrain.schedules.interleave import interleave, residues_together
 from tvmtrain.schedules.side_by_side import side_by_side
-from tvmtrain.schedules.strips import bring_strips, in_strips
+from tvmtrain.schedules.strips import RUN, bring_strips, in_strips
 from tvmtrain.schedules.tiles import (
     LARGEST_TILE,
     PARALLEL,
@@ -310,14 +311,32 @@ def _in_order(after: Block, access: Access) -> bool:
 
 
 def _merged_epilogue(sch: Schedule, after: Block, access: Access) -> SBlockRV | None:
-    """A consumer over (.., h, w) of results over (.., h*W + w), with h and w made one axis."""
+    """A consumer over (.., h, w) of results over (.., h*W + w), with h and w made one axis, or over the line of all images."""
     *head, height, width = after.extents
     sizes = [int(d) for d in access.buffer.shape]
+    if len(sizes) == 2 and len(head) == 2 and sizes == [head[1], head[0] * height * width]:
+        return _epilogue_in_runs(sch, after, access)
     if len(after.extents) < 3 or sizes != [*head, height * width] or merged(access, after.extents) < 2:
         return None
     rv = sch.get_sblock(after.name)
     merge = IndexMap.from_func(lambda *i: [*i[:-2], i[-2] * width + i[-1]], ndim=len(after.extents), index_dtype="int64")
     sch.transform_block_layout(rv, merge)
+    return rv
+
+
+def _epilogue_in_runs(sch: Schedule, after: Block, access: Access) -> SBlockRV | None:
+    """A consumer over (n, o, h, w) of results over (o, line of all images), with places in runs that are of one image each."""
+    batch, _, height, width = after.extents
+    each = height * width
+    if each % RUN or access.strides != (each, batch * each, width, 1):
+        return None
+
+    def by_runs(n: Any, o: Any, h: Any, v: Any) -> list[Any]:
+        place = h * width + v
+        return [o, n * (each // RUN) + place // RUN, place % RUN]
+
+    rv = sch.get_sblock(after.name)
+    sch.transform_block_layout(rv, IndexMap.from_func(by_runs, ndim=4, index_dtype="int64"))
     return rv
 
 

@@ -23,6 +23,8 @@ FEWEST_READERS, FEWEST_OF_PAGES = 6, 2
 PAGE = 1024
 # Lines of memory that a processor's prefetcher can be trusted to follow at once: where there are more, longer runs of each are read.
 FOLLOWED = 16
+# Places of an image that a line of all images keeps together: a vector of a copy or of results is never of two images.
+RUN = 4
 # Strips that are then brought together, at most, and the part of a core's second cache that they may fill.
 TOGETHER, PART = 8, 4
 
@@ -56,7 +58,8 @@ def bring_strips(sch: Schedule, block: Block, shape: Tile, at: LoopRV, device: D
             if not together:
                 at, together = _group(sch, block, shape, at, device)
             sch.compute_at(made, at)
-            sch.vectorize(sch.split(sch.get_loops(made)[-1], factors=[None, shape.lanes])[1])
+            last = sch.get_loops(made)[-1]
+            sch.vectorize(sch.split(last, factors=[None, min(shape.lanes, extent_of(sch, last))])[1])
             if together > 1 and gap:
                 _strip_by_strip(sch, made, shape.columns * shape.lanes)
 
@@ -89,8 +92,9 @@ def _maker(sch: Schedule, block: Block, read: Access) -> SBlockRV | None:
 
 
 def _as_lines(sch: Schedule, copy: SBlockRV, shape: Sequence[int], line: int) -> None:
-    """The rows and columns of a copied map become one axis, if it is this axis that is read."""
+    """The rows and columns of a copied map become one axis, if it is this axis that is read; where they are runs, in the copy alone."""
     if len(shape) > 1 and shape[-1] < line == prod(shape[-2:]):
         merge = IndexMap.from_func(lambda *i: [*i[:-2], i[-2] * shape[-1] + i[-1]], ndim=len(shape), index_dtype="int64")
         sch.transform_layout(copy, ("write", 0), merge)
-        sch.transform_block_layout(copy, merge)
+        if shape[-1] != RUN:
+            sch.transform_block_layout(copy, merge)

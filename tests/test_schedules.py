@@ -68,6 +68,11 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[tuple[int, 
         lambda x, w: np.einsum("nchw,oc->nohw", x, w[:, :, 0, 0]),
         ((3, 40, 37, 41), (18, 40, 1, 1)),
     ),
+    "pointwise, runs of four, then more": (
+        lambda x, w, s, r: R.add(R.nn.relu(R.add(R.nn.conv2d(x, w), s)), r),
+        lambda x, w, s, r: np.maximum(np.einsum("nchw,oc->nohw", x, w[:, :, 0, 0]) + s, 0) + r,
+        ((4, 23, 14, 14), (26, 23, 1, 1), (26, 1, 1), (4, 26, 14, 14)),
+    ),
     "matmul, then more": (
         lambda a, b, c, d: R.add(R.nn.relu(R.add(R.matmul(a, b), c)), d),
         lambda a, b, c, d: np.maximum(a @ b + c, 0) + d,
@@ -146,6 +151,14 @@ def test_strips_of_many_lines_are_brought_together() -> None:
     (loops,) = [line for line in many.splitlines() if "in T.grid(T.int64(96), T.int64(16))" in line]
     assert loops, "eight strips of two vectors for each of 96 channels"
     assert "T.int64(128)" not in scheduled(R.nn.conv2d, (4, 16, 32, 32), (24, 16, 1, 1)), "a prefetcher follows 16 lines"
+
+
+def test_a_line_of_all_images_is_read_and_written_in_runs_of_one_image() -> None:
+    text = scheduled(lambda x, w: R.nn.relu(R.nn.conv2d(x, w)), (4, 24, 14, 14), (48, 24, 1, 1))
+    assert text.count("T.parallel(T.int64(49))") == text.count("T.parallel") == 1, "strips of two vectors"
+    assert text.count("T.vectorized(T.int64(4))") == 2, "the copy of a strip, and the results"
+    assert "T.vectorized(T.int64(8))" in text, "the product"
+    assert "T.int64(49)" not in scheduled(R.nn.conv2d, (3, 24, 14, 14), (48, 24, 1, 1)), "three images are no whole strips"
 
 
 @pytest.mark.parametrize("size", [(24, 24), (23, 25)])

@@ -21,6 +21,7 @@ from tvm.relax.transform.legalize_ops.common import register_legalize
 
 from tvmtrain.operators import DGRAD, PACKED_CONV, WGRAD
 from tvmtrain.schedules.blocks import KEPT, STRIDES
+from tvmtrain.schedules.strips import RUN
 from tvmtrain.strided import (
     ROW,
     Axis,
@@ -105,6 +106,8 @@ def _mix_channels(x: te.Tensor, weight: Callable, outputs: int, name: str, gathe
     area, c = height * width, te.reduce_axis((0, channels), "c")
     if gather and area % ROW and area >= WIDE_MAP:
         return _mix_lines(x, weight, outputs, name)
+    if gather and area % ROW and not area % RUN and area > ROW and batch * area % (2 * ROW) == 0:
+        return _mix_runs(x, weight, outputs, name)
     if area % ROW == 0 or not gather:
         product = te.compute(
             (batch, outputs, area), lambda n, o, j: te.sum(weight(o, c) * x[n, c, j // width, j % width], axis=[c]), name=name
@@ -136,6 +139,24 @@ def _gathers(conv: _Conv, height: int, width: int) -> bool:
     """Whether rows are so short that what their taps read is better gathered first: [channels, taps, images, places]."""
     small = width <= ROW and height * width <= SMALL_MAP
     return small and conv.groups == 1 and conv.channels * conv.filters >= (2 * ROW) ** 2
+
+
+def _mix_runs(x: te.Tensor, weight: Callable, outputs: int, name: str) -> te.Tensor:
+    """y of maps that are whole runs, if not whole vectors (14x14): the places of all images are one line."""
+    batch, channels, height, width = shape_of(x)
+    area, c = height * width, te.reduce_axis((0, channels), "c")
+    runs = area // RUN
+
+    def place(c: Any, run: Any, i: Any) -> Any:
+        j = run % runs * RUN + i
+        return x[run // runs, c, j // width, j % width]
+
+    line = te.compute((channels, batch * runs, RUN), place, name="line")
+    product = te.compute(
+        (outputs, batch * area), lambda o, p: te.sum(weight(o, c) * line[c, p // RUN, p % RUN], axis=[c]), name=name
+    )
+    shape = (batch, outputs, height, width)
+    return te.compute(shape, lambda n, o, h, v: product[o, n * area + h * width + v], name=f"{name}_map")
 
 
 def _mix_taps(
