@@ -21,6 +21,8 @@ FAILURES = (ScheduleError, RuntimeError, ValueError, IndexError, TypeError)
 STRIDES = "tvmtrain.strides"
 # An annotation of blocks that stay by themselves.
 KEPT = "tvmtrain.kept"
+# An annotation of the block that ends a product whose results another reduction of the same kernel reads, some channels at a time.
+CHAINED = "tvmtrain.chained"
 # Calls that cost more than reading their result back from memory.
 EXPENSIVE = ("exp", "log", "sqrt", "rsqrt", "pow", "tanh", "erf", "sigmoid", "sin", "cos")
 
@@ -82,7 +84,12 @@ class Block:
     @property
     def kept(self) -> bool:
         """Whether its results are read so often that they are made once, whatever they cost."""
-        return self.strides is not None or KEPT in self.source.annotations
+        return self.strides is not None or KEPT in self.source.annotations or self.chained
+
+    @property
+    def chained(self) -> bool:
+        """Whether it ends a product whose results stay in a cache (``schedules.chains``)."""
+        return CHAINED in self.source.annotations
 
     @property
     def strides(self) -> tuple[int, int] | None:

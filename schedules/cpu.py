@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -75,6 +76,7 @@ def decided(sch: Schedule, device: Device, decisions: Decisions) -> Schedule:
         blocks = blocks_of(sch)
     if _pad(sch, blocks, device):
         blocks = blocks_of(sch)
+    sch = _fit_chain(sch, blocks, device, decisions)
     for block in sorted(blocks, key=lambda b: not b.reduction and b.strides is None):
         if _alone(sch, block.name):
             sch = _fit(sch, block, device, decisions)
@@ -152,8 +154,11 @@ def _pad(sch: Schedule, blocks: Sequence[Block], device: Device) -> bool:
 # --- Reductions -------------------------------------------------------------------------------------------------------------
 
 
-def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions) -> bool:
-    """Results that lie side by side: a tile of them in registers, the reduction around it, cores over the tiles."""
+def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions, steps: int = 1) -> bool:
+    """Results that lie side by side: a tile of them in registers, the reduction around it, cores over the tiles.
+
+    steps: how many of the steps that the cores share are one of their tasks.
+    """
     rv = sch.get_sblock(block.name)
     epilogue, cut = _epilogue(sch, block) if block.reduction else (None, False)
     shape = register_tile(block, device, cut, decisions.tile) if block.reduction else None
@@ -169,13 +174,14 @@ def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions) -> b
     sch.reorder(*outer, *reductions, *inner)
     counts = [extent_of(sch, loop) for loop in outer]
     shared, private = _share(sch, block, axes, counts, _cores(device, decisions)) if block.volume >= PARALLEL else (0, [])
-    outer = _parallel(sch, outer, shared)
-    copies = [copied for producer in private for copied in _bring(sch, producer, outer[0])]
+    outer = _parallel(sch, outer, shared, steps)
+    depth = 1 if steps == 1 else 2
+    copies = [copied for producer in private for copied in _bring(sch, producer, outer[0], depth)]
     if not private and decisions.order == 0 and len(outer) > len(shape.rows):
         bring_strips(sch, block, shape, outer[-1 - len(shape.rows)], device)
     _finish_in(sch, rv, epilogue, outer[-1] if outer else None, device)
     for copied in copies:
-        fill_then_copy(sch, copied)
+        fill_then_copy(sch, copied, depth)
     for loop in inner[:-1]:
         sch.unroll(loop)
     sch.vectorize(inner[-1])
@@ -239,13 +245,14 @@ def _share(sch: Schedule, block: Block, axes: Sequence[int], counts: Sequence[in
     return fewest, []
 
 
-def _parallel(sch: Schedule, outer: Sequence[LoopRV], shared: int) -> list[LoopRV]:
-    """The outer loops after the first ``shared`` became one that the cores share."""
+def _parallel(sch: Schedule, outer: Sequence[LoopRV], shared: int, steps: int = 1) -> list[LoopRV]:
+    """The outer loops after the first ``shared`` became one that the cores share; of ``steps`` in each task, the inner one of two."""
     if not shared:
         return list(outer)
     fused = sch.fuse(*outer[:shared])
-    sch.parallel(fused)
-    return [fused, *outer[shared:]]
+    task, step = (fused, fused) if steps == 1 else sch.split(fused, factors=[None, steps])
+    sch.parallel(task)
+    return [step, *outer[shared:]]
 
 
 def _private(sch: Schedule, block: Block, axes: Sequence[int]) -> list[str]:
@@ -264,7 +271,7 @@ def _private(sch: Schedule, block: Block, axes: Sequence[int]) -> list[str]:
     return own
 
 
-def _bring(sch: Schedule, producer: str, at: LoopRV) -> list[str]:
+def _bring(sch: Schedule, producer: str, at: LoopRV, depth: int) -> list[str]:
     """Copy what a step of the loop ``at`` reads; the names of the padded copies."""
     rv = sch.get_sblock(producer)
     across = _transposed(known(sch, rv))
@@ -273,9 +280,9 @@ def _bring(sch: Schedule, producer: str, at: LoopRV) -> list[str]:
         if across is not None:
             _transpose(sch, loops_in(sch, rv, at))
         return [producer]
-    pads = [pad for pad in sch.get_producers(rv) if len(sch.get_consumers(pad)) == 1]
+    pads = [pad for pad in sch.get_producers(rv) if len(sch.get_consumers(pad)) == 1 and not known(sch, pad).chained]
     if not pads:
-        fill_then_copy(sch, producer)
+        fill_then_copy(sch, producer, depth)
     residues_together(sch, rv)
     names = [sch.get(pad).name_hint for pad in pads]
     for pad in pads:
@@ -348,6 +355,60 @@ def _finish_in(sch: Schedule, rv: SBlockRV, epilogue: SBlockRV | None, at: LoopR
         sch.set_scope(rv, 0, "local")
     if at is not None:
         leave_registers(sch, epilogue, at, device)
+
+
+# --- A product, and what reads its results ------------------------------------------------------------------------------------
+
+
+def _fit_chain(sch: Schedule, blocks: Sequence[Block], device: Device, decisions: Decisions) -> Schedule:
+    """The schedule with the product and the reduction of a chain in the same tasks; unchanged where there is none, or it does not fit."""
+    if not any(block.chained for block in blocks):
+        return sch
+    trial = sch.copy()
+    with suppress(*FAILURES):
+        product, reader = (block for block in blocks if block.reduction)
+        chain(trial, product, reader, device, decisions)
+        return trial
+    return sch
+
+
+def chain(sch: Schedule, product: Block, reader: Block, device: Device, decisions: Decisions) -> None:
+    """Some channels of one image at a time: the product's results, then all that is computed from them, while they are in the cache.
+
+    Raises one of ``FAILURES`` where they do not fit each other.
+    """
+    shape = register_tile(product, device, False, decisions.tile)
+    if shape is None or [axis for axis, _ in shape.rows] != [1]:
+        raise ValueError("tiles of other axes than channels")
+    channels = _channels_together(product.extents[1], shape.rows[0][1], decisions)
+    if not tile(sch, reader, device, replace(decisions, tile=0, grain=0), channels):
+        raise ValueError("results that do not lie side by side")
+    rv = sch.get_sblock(product.name)
+    end, _ = _epilogue(sch, product)
+    if end is None:
+        raise ValueError("results that are not read in their order")
+    task = sch.get_loops(sch.get_consumers(end)[0])[0]
+    if sch.get(task).kind != tirx.ForKind.PARALLEL:
+        raise ValueError("too little work for several cores")
+    sch.set_scope(rv, 0, "local")
+    for each in (end, rv):
+        sch.compute_at(each, task)
+    row, place, *deep = loops_in(sch, rv, task)
+    if (extent_of(sch, row), extent_of(sch, place)) != (channels, product.extents[2]):
+        raise ValueError("a task reads other results than those of its channels")
+    group, row = sch.split(row, factors=[None, shape.rows[0][1]])
+    run, column, lane = sch.split(place, factors=[None, shape.columns, shape.lanes])
+    sch.reorder(run, group, *deep, row, column, lane)
+    leave_registers(sch, end, group, device)
+    for loop in (row, column):
+        sch.unroll(loop)
+    sch.vectorize(lane)
+    sch.decompose_reduction(rv, deep[0])
+
+
+def _channels_together(channels: int, rows: int, decisions: Decisions) -> int:
+    """Two tiles of channels at a time, if they divide all: fewer read the product's operand too often, more do not stay in the cache."""
+    return rows * next(k for k in ((2, 1), (1,), (4, 2, 1))[decisions.grain] if channels % (k * rows) == 0)
 
 
 # --- Sums over patches --------------------------------------------------------------------------------------------------------

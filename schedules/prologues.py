@@ -125,7 +125,7 @@ class _Merging:
             kernel is None
             or not readers
             or i in self.returned
-            or _elements(self.bindings[i].var) < FEWEST
+            or elements(self.bindings[i].var) < FEWEST
             or not kernel.elementwise
         ):
             return False
@@ -137,9 +137,9 @@ class _Merging:
         """The tensors of its result's size that a binding reads, with what is computed in front of it."""
         own = [*self.group.get(i, []), i]
         made = {self.bindings[k].var for k in own}
-        size = _elements(self.bindings[i].var)
+        size = elements(self.bindings[i].var)
         read = {v for k in own for v in relax.analysis.free_vars(self.bindings[k].value)} - made
-        return {v for v in read if not isinstance(v, GlobalVar) and _elements(v) * SMALL > size}
+        return {v for v in read if not isinstance(v, GlobalVar) and elements(v) * SMALL > size}
 
     def _reading(self, reader: int, var: relax.Var) -> int | None:
         kernel = self._kernel(reader)
@@ -162,11 +162,11 @@ class _Merging:
         own = [*(self.bindings[k] for k in self.group[i]), binding]
         made = {b.var for b in own}
         read = dict.fromkeys(a for b in own for a in b.value.args[1].fields if a not in made)
-        merged = builder.add_func(_kernel_of(own, list(read)), "_".join(_name(b) for b in own))
+        merged = builder.add_func(kernel_of(own, list(read)), "_".join(kernel_name(b) for b in own))
         return relax.VarBinding(binding.var, relax.Call(merged, list(read)))
 
 
-def _kernel_of(bindings: Sequence[relax.Binding], read: Sequence[relax.Expr]) -> relax.Function:
+def kernel_of(bindings: Sequence[relax.Binding], read: Sequence[relax.Expr]) -> relax.Function:
     """The bindings as a function, of tensors and constants, that ``FuseTIR`` makes one kernel of."""
     parameters = {value: relax.Var(f"operand{i}", value.ty) for i, value in enumerate(read)}
     made: list[relax.Binding] = []
@@ -180,10 +180,10 @@ def _kernel_of(bindings: Sequence[relax.Binding], read: Sequence[relax.Expr]) ->
     return relax.Function([parameters[value] for value in read], body, made[-1].var.ty, True).with_attr("Primitive", True)
 
 
-def _name(binding: relax.Binding) -> str:
+def kernel_name(binding: relax.Binding) -> str:
     return str(binding.value.args[0].name_hint).removeprefix("fused_")
 
 
-def _elements(var: relax.Var) -> int:
+def elements(var: relax.Var) -> int:
     shape = getattr(var.ty, "shape", None)
     return prod(int(d) for d in shape) if shape is not None else 0

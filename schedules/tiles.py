@@ -120,11 +120,11 @@ def finish_at(sch: Schedule, rv: SBlockRV, at: LoopRV) -> None:
         raise ValueError("some places are left out")
 
 
-def fill_then_copy(sch: Schedule, name: str) -> None:
-    """A padded copy without a question for each element: zeros everywhere, then what lies inside."""
+def fill_then_copy(sch: Schedule, name: str, depth: int = 1) -> None:
+    """A padded copy without a question for each element: zeros everywhere inside of ``depth`` loops, then what lies inside."""
     rv = sch.get_sblock(name)
     with suppress(*FAILURES):
-        sch.decompose_padding(rv, sch.get_loops(rv)[1])
+        sch.decompose_padding(rv, sch.get_loops(rv)[depth])
 
 
 def one_consumer(sch: Schedule, block: Block) -> Block | None:

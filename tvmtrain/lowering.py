@@ -14,6 +14,7 @@ from tvmtrain.passes.order import OrderForMemory
 from tvmtrain.passes.plan_arena import PlanArena
 from tvmtrain.passes.share_workspace import ShareWorkspace, place_buffers
 from tvmtrain.passes.update_in_place import UpdateInPlace
+from tvmtrain.schedules.chains import FuseChains
 from tvmtrain.schedules.prologues import FusePrologues
 from tvmtrain.targets import Device
 
@@ -32,7 +33,7 @@ def fuse(mod: tvm.IRModule, device: Device) -> tvm.IRModule:
             relax.transform.FoldConstant(),
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),
-            *([] if device.gpu else [FusePrologues(), relax.transform.FuseTIR()]),
+            *([] if device.gpu else [FuseChains(device), FusePrologues(), relax.transform.FuseTIR()]),
             relax.transform.DeadCodeElimination(),
         ]
     )

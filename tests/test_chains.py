@@ -1,0 +1,112 @@
+"""Expansions that become part of the depthwise convolution that reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from relax_cases import close, module, on, run
+from torch.nn import functional as F
+from tvm import relax, tirx
+from tvm.relax import op as R
+
+from tvmtrain import lowering, targets
+from tvmtrain.schedules import cpu
+from tvmtrain.schedules.decisions import Decisions
+from tvmtrain.targets import Caches, Device
+
+rng = np.random.default_rng(0)
+# The caches of so small a processor hold no map.
+TINY = replace(targets.load("host"), caches=Caches(l2=256))
+
+
+@pytest.fixture(autouse=True)
+def _tiny() -> Iterator[None]:
+    with on(TINY):
+        yield
+
+
+def array(*shape: int) -> np.ndarray:
+    return rng.standard_normal(shape).astype("float32")
+
+
+def block(stride: int, kernel: int = 3, *, read_twice: bool = False) -> Any:
+    """An expansion and a depthwise convolution, each with a shift and ReLU6."""
+
+    def make(x: relax.Var, w: relax.Var, t: relax.Var, v: relax.Var, u: relax.Var) -> relax.Expr:
+        emit = relax.BlockBuilder.current().emit
+        z = emit(R.clip(R.add(R.nn.conv2d(x, w), t), 0.0, 6.0))
+        groups = int(v.ty.shape[0])
+        y = emit(R.nn.conv2d(z, v, strides=[stride, stride], padding=[kernel // 2] * 4, groups=groups))
+        out = R.clip(R.add(y, u), 0.0, 6.0)
+        return relax.Tuple([out, z]) if read_twice else out
+
+    return make
+
+
+def operands(batch: int, channels: int, wide: int, size: tuple[int, int], kernel: int = 3) -> list[np.ndarray]:
+    return [
+        array(batch, channels, *size),
+        array(wide, channels, 1, 1),
+        array(wide, 1, 1),
+        array(wide, 1, kernel, kernel),
+        array(wide, 1, 1),
+    ]
+
+
+def wanted(arrays: list[np.ndarray], stride: int) -> np.ndarray:
+    """The same by PyTorch, in double precision."""
+    x, w, t, v, u = (torch.from_numpy(a).double() for a in arrays)
+    z = (F.conv2d(x, w) + t).clamp(0, 6)
+    return (F.conv2d(z, v, stride=stride, padding=v.shape[-1] // 2, groups=len(v)) + u).clamp(0, 6).numpy()
+
+
+def kernels(arrays: list[np.ndarray], make: Any, device: Device = TINY) -> list[str]:
+    """The scheduled loops of each kernel."""
+    lowered = lowering.lower(module(make, *arrays), device)
+    return [f.script() for f in lowered.functions.values() if isinstance(f, tirx.PrimFunc)]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_some_channels_of_an_image_at_a_time(stride: int) -> None:
+    arrays = operands(2, 7, 24, (16, 16))
+    (text,) = kernels(arrays, block(stride))
+    assert text.count("T.parallel") == 1
+    assert "T.parallel(T.int64(4))" in text, "two tiles of six channels are a task"
+    close(run(block(stride), *arrays)[0], wanted(arrays, stride))
+
+
+def test_others_stay_two_kernels() -> None:
+    arrays = operands(2, 7, 24, (16, 16))
+    assert len(kernels(arrays, block(1, read_twice=True))) == 2, "a map that the backward reads, too"
+    assert len(kernels(arrays, block(1), replace(TINY, caches=Caches()))) == 2, "a map that stays in the caches by itself"
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    channels=st.integers(1, 19),
+    wide=st.sampled_from([1, 6, 7, 12, 30, 36]),
+    size=st.tuples(st.sampled_from([1, 7, 8, 12, 14, 19]), st.sampled_from([1, 4, 7, 8, 16, 23])),
+    stride=st.integers(1, 2),
+    kernel=st.sampled_from([3, 5]),
+)
+def test_numbers_of_any_shape(batch: int, channels: int, wide: int, size: tuple[int, int], stride: int, kernel: int) -> None:
+    arrays = operands(batch, channels, wide, size, kernel)
+    close(run(block(stride, kernel), *arrays)[0], wanted(arrays, stride))
+
+
+@pytest.mark.parametrize(
+    "chosen", [Decisions(tile=1), Decisions(tile=3, order=2), Decisions(grain=1), Decisions(grain=2, taps=2)]
+)
+def test_numbers_of_other_decisions(chosen: Decisions, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = cpu.schedule
+    monkeypatch.setattr(cpu, "schedule", lambda f, device, _: whole(f, device, chosen))
+    arrays = operands(2, 5, 48, (8, 16))
+    close(run(block(2), *arrays)[0], wanted(arrays, 2))
