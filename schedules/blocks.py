@@ -83,7 +83,7 @@ class Block:
 
     @property
     def kept(self) -> bool:
-        """Whether its results are read so often that they are made once, whatever they cost."""
+        """Whether its results are made once, whatever they cost: they are read often, or end a product."""
         return self.strides is not None or KEPT in self.source.annotations or self.chained
 
     @property

@@ -9,9 +9,11 @@ follows from them while they are in the cache. Runs before ``FusePrologues``, on
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import tvm
 from tvm import relax, tirx
@@ -21,7 +23,7 @@ from tvm.s_tir import Schedule
 
 from tvmtrain.schedules import SCHEDULED
 from tvmtrain.schedules.blocks import CHAINED, FAILURES, Block
-from tvmtrain.schedules.cpu import blocks_of
+from tvmtrain.schedules.cpu import blocks_of, chains
 from tvmtrain.schedules.prologues import CALL_TIR, elements, kernel_name, kernel_of
 from tvmtrain.targets import Device
 
@@ -32,83 +34,115 @@ FLOAT = 4
 @module_pass(opt_level=0, name="FuseChains")
 @dataclass(frozen=True)
 class FuseChains:
-    """For functions of one dataflow block, and maps that do not stay in the caches of ``device`` by themselves."""
+    """For functions of one dataflow block, and maps that do not stay in a core's cache; where the two have a schedule as one."""
 
     device: Device
 
     def transform_module(self, mod: tvm.IRModule, _ctx: PassContext) -> tvm.IRModule:
         builder = relax.BlockBuilder(mod)
-        kernels = {g: f for g, f in mod.functions_items() if isinstance(f, tirx.PrimFunc) and SCHEDULED not in f.attrs}
+        kernels = {g: _Kernel(f) for g, f in mod.functions_items() if isinstance(f, tirx.PrimFunc) and SCHEDULED not in f.attrs}
+        fitting: dict[tuple[GlobalVar, GlobalVar], bool] = {}
         for name, function in mod.functions_items():
             if isinstance(function, relax.Function) and len(function.body.blocks) == 1:
-                builder.update_func(builder.get().get_global_var(name.name_hint), self._chained(function, kernels, builder))
+                chained = _Chaining(function, kernels, fitting, self.device, builder).done()
+                builder.update_func(builder.get().get_global_var(name.name_hint), chained)
         return builder.get()
 
-    def _chained(
-        self, function: relax.Function, kernels: Mapping[GlobalVar, tirx.PrimFunc], builder: relax.BlockBuilder
-    ) -> relax.Function:
-        bindings = list(function.body.blocks[0].bindings)
-        made = {b.var: b for b in bindings if _calls(b, kernels)}
-        read = [v for b in bindings for v in relax.analysis.free_vars(b.value)] + list(
-            relax.analysis.free_vars(function.body.body)
-        )
-        kept: list[relax.Binding] = []
-        gone: set[relax.Var] = set()
-        for reader in bindings:
-            first = next((made[v] for v in relax.analysis.free_vars(reader.value) if self._stays(v, made, read)), None)
-            ended = _ended(first, reader, kernels) if first is not None and reader.var in made else None
-            if first is None or ended is None:
-                kept.append(reader)
-                continue
-            kept.append(_merged(first, reader, builder.add_func(ended, kernel_name(first)), builder))
-            gone.add(first.var)
-        block = relax.DataflowBlock([b for b in kept if b.var not in gone])
-        f = function
+
+@dataclass(frozen=True)
+class _Kernel:
+    function: tirx.PrimFunc
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """None of them where they are not plain."""
+        with suppress(*FAILURES):
+            return blocks_of(Schedule(self.function, error_render_level="none"))
+        return []
+
+    @cached_property
+    def sums(self) -> list[Block]:
+        return [block for block in self.blocks if block.reduction]
+
+    @property
+    def expands(self) -> bool:
+        """Whether its one reduction is [images, filters, places] over channels, and elementwise work follows."""
+        if [block.reduced for block in self.sums] != [(False, False, False, True)]:
+            return False
+        (product,), last = self.sums, self.blocks[-1]
+        return not last.reduction and last.volume * product.extents[3] == product.volume
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether its one reduction is [images, channels, rows, columns] over the taps of one channel."""
+        return [block.reduced for block in self.sums] == [(False,) * 4 + (True,) * 3] and self.sums[0].extents[4] == 1
+
+    @property
+    def marked(self) -> tirx.PrimFunc:
+        """The same with its last block marked as the end of a product."""
+        sch = Schedule(self.function, error_render_level="none")
+        sch.annotate(sch.get_sblock(self.blocks[-1].name), CHAINED, 1)
+        return sch.mod["main"]
+
+
+@dataclass(frozen=True)
+class _Chaining:
+    """One function: which calls are computed within others. fitting: pairs of kernels, and whether they have a schedule as one."""
+
+    function: relax.Function
+    kernels: Mapping[GlobalVar, _Kernel]
+    fitting: dict[tuple[GlobalVar, GlobalVar], bool]
+    device: Device
+    builder: relax.BlockBuilder
+
+    def done(self) -> relax.Function:
+        f = self.function
+        bindings = list(f.body.blocks[0].bindings)
+        made = {binding.var: binding for binding in bindings if self._kernel(binding) is not None}
+        values = [*(binding.value for binding in bindings), f.body.body]
+        read = Counter(var for value in values for var in relax.analysis.free_vars(value))
+        kept = dict.fromkeys(bindings)
+        for reader in made.values():
+            maps = [v for v in relax.analysis.free_vars(reader.value) if v in made and read[v] == 1 and self._large(v)]
+            first = next((made[v] for v in maps if self._fit(made[v], reader)), None)
+            if first is not None:
+                del kept[first]
+                kept[reader] = self._merged(first, reader)
+        block = relax.DataflowBlock([merged or binding for binding, merged in kept.items()])
         return relax.Function(f.params, relax.SeqExpr([block], f.body.body), f.ret_ty, f.is_pure, f.attrs)
 
-    def _stays(self, var: relax.Var, made: Mapping[relax.Var, relax.Binding], read: list[relax.Var]) -> bool:
-        """Whether a kernel's result is read once, and is larger than the caches of all cores."""
-        once = var in made and sum(each.same_as(var) for each in read) == 1
-        return once and FLOAT * elements(var) > self.device.caches.l2 * self.device.cores
+    def _kernel(self, binding: relax.Binding) -> _Kernel | None:
+        value = binding.value
+        return self.kernels.get(value.args[0]) if isinstance(value, relax.Call) and value.op == CALL_TIR else None
 
+    def _large(self, var: relax.Var) -> bool:
+        return FLOAT * elements(var) > self.device.caches.l2
 
-def _calls(binding: relax.Binding, kernels: Mapping[GlobalVar, tirx.PrimFunc]) -> bool:
-    value = binding.value
-    return isinstance(value, relax.Call) and value.op == CALL_TIR and value.args[0] in kernels
+    def _fit(self, first: relax.Binding, reader: relax.Binding) -> bool:
+        pair = first.value.args[0], reader.value.args[0]
+        if pair not in self.fitting:
+            likely = self.kernels[pair[1]].depthwise and self.kernels[pair[0]].expands
+            self.fitting[pair] = likely and self._scheduled(first, reader)
+        return self.fitting[pair]
 
+    def _scheduled(self, first: relax.Binding, reader: relax.Binding) -> bool:
+        """Whether the two are one schedule with the default decisions."""
+        functions = {b.value.args[0]: self.kernels[b.value.args[0]].function for b in (first, reader)}
+        trial = replace(self, builder=relax.BlockBuilder(tvm.IRModule(functions)))
+        call = trial._merged(first, reader).value
+        operands = [relax.Var(f"operand{i}", operand.ty) for i, operand in enumerate(call.args)]
+        with trial.builder.function("main", operands):
+            with trial.builder.dataflow():
+                result = trial.builder.emit_output(relax.Call(call.op, operands))
+            trial.builder.emit_func_output(result)
+        fused = relax.transform.FuseTIR()(trial.builder.get())
+        return any(chains(f, self.device) for f in fused.functions.values() if isinstance(f, tirx.PrimFunc))
 
-def _ended(first: relax.Binding, reader: relax.Binding, kernels: Mapping[GlobalVar, tirx.PrimFunc]) -> tirx.PrimFunc | None:
-    """The product ``first`` with its last block marked; None if the two are no expansion and depthwise convolution."""
-    with suppress(*FAILURES):
-        sch = Schedule(kernels[first.value.args[0]], error_render_level="none")
-        blocks = blocks_of(sch)
-        others = blocks_of(Schedule(kernels[reader.value.args[0]], error_render_level="none"))
-        if _expands(blocks) and _is_depthwise(others):
-            sch.annotate(sch.get_sblock(blocks[-1].name), CHAINED, 1)
-            return sch.mod["main"]
-    return None
-
-
-def _expands(blocks: list[Block]) -> bool:
-    """Whether there is one reduction, [images, filters, places] over channels, and elementwise work after it."""
-    sums = [b for b in blocks if b.reduction]
-    return (
-        len(sums) == 1
-        and sums[0].reduced == (False, False, False, True)
-        and blocks[-1].volume * sums[0].extents[3] == sums[0].volume
-    )
-
-
-def _is_depthwise(blocks: list[Block]) -> bool:
-    """Whether there is one reduction, [images, channels, rows, columns] over taps of one channel."""
-    sums = [b for b in blocks if b.reduction]
-    return len(sums) == 1 and sums[0].reduced == (False,) * 4 + (True,) * 3 and sums[0].extents[4] == 1
-
-
-def _merged(first: relax.Binding, reader: relax.Binding, ended: GlobalVar, builder: relax.BlockBuilder) -> relax.Binding:
-    call = first.value
-    product = relax.VarBinding(first.var, relax.Call(CALL_TIR, [ended, call.args[1]], None, call.ty_args))
-    own = [product, reader]
-    read = list(dict.fromkeys(a for b in own for a in b.value.args[1].fields if not a.same_as(first.var)))
-    merged = builder.add_func(kernel_of(own, read), f"{kernel_name(first)}_{kernel_name(reader)}")
-    return relax.VarBinding(reader.var, relax.Call(merged, read))
+    def _merged(self, first: relax.Binding, reader: relax.Binding) -> relax.Binding:
+        """A call of both kernels as one."""
+        ended = self.builder.add_func(self.kernels[first.value.args[0]].marked, kernel_name(first))
+        call = relax.Call(CALL_TIR, [ended, first.value.args[1]], None, first.value.ty_args)
+        own = [relax.VarBinding(first.var, call), reader]
+        read = list(dict.fromkeys(a for b in own for a in b.value.args[1].fields if not a.same_as(first.var)))
+        merged = self.builder.add_func(kernel_of(own, read), f"{kernel_name(first)}_{kernel_name(reader)}")
+        return relax.VarBinding(reader.var, relax.Call(merged, read))

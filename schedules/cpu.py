@@ -1,6 +1,7 @@
 """The schedule of every kernel on a processor: vectors along memory, sums in registers, cores over what is left.
 
-``schedule`` first inlines what is cheap, then gives each block of a PrimFunc the first of these that fits it:
+``schedule`` first inlines what is cheap. A product that is part of what reads it (``schedules.chains``) is computed in the same tasks
+(``chain``). Every other block of a PrimFunc gets the first of these that fits it:
 
 1. side_by_side: a product over channels of maps that are no whole vectors. Some filters' results for all places stay in the cache.
 2. pooled: sums of rows of a map of which others take sums of neighbours (patches). A row at a time stays in the cache.
@@ -231,9 +232,14 @@ def _shared_prefix(counts: Sequence[int], cores: int) -> int:
     total = 1
     for i, count in enumerate(counts):
         total *= count
-        if total >= 8 * cores or (total >= cores and total % cores == 0):
+        if _busy(total, cores):
             return i + 1
     return len(counts)
+
+
+def _busy(tasks: int, cores: int) -> bool:
+    """Whether so many tasks keep all cores busy to the end."""
+    return tasks >= 8 * cores or (tasks >= cores and tasks % cores == 0)
 
 
 def _share(sch: Schedule, block: Block, axes: Sequence[int], counts: Sequence[int], cores: int) -> tuple[int, list[str]]:
@@ -335,7 +341,8 @@ def _epilogue_in_runs(sch: Schedule, after: Block, access: Access) -> SBlockRV |
     """A consumer over (n, o, h, w) of results over (o, line of all images), with places in runs that are of one image each."""
     batch, _, height, width = after.extents
     each = height * width
-    if each % RUN or access.strides != (each, batch * each, width, 1):
+    steps = zip(access.strides, (each, batch * each, width, 1), after.extents, strict=True)
+    if each % RUN or any(stride != step for stride, step, extent in steps if extent > 1):
         return None
 
     def by_runs(n: Any, o: Any, h: Any, v: Any) -> list[Any]:
@@ -360,6 +367,13 @@ def _finish_in(sch: Schedule, rv: SBlockRV, epilogue: SBlockRV | None, at: LoopR
 # --- A product, and what reads its results ------------------------------------------------------------------------------------
 
 
+def chains(func: tirx.PrimFunc, device: Device) -> bool:
+    """Whether ``func`` has a product marked as chained that is computed in the tasks of what reads it, with the default decisions."""
+    sch = Schedule(func, error_render_level="none")
+    _inline(sch, blocks_of(sch))
+    return _fit_chain(sch, blocks_of(sch), device, DEFAULT) is not sch
+
+
 def _fit_chain(sch: Schedule, blocks: Sequence[Block], device: Device, decisions: Decisions) -> Schedule:
     """The schedule with the product and the reduction of a chain in the same tasks; unchanged where there is none, or it does not fit."""
     if not any(block.chained for block in blocks):
@@ -380,7 +394,7 @@ def chain(sch: Schedule, product: Block, reader: Block, device: Device, decision
     shape = register_tile(product, device, False, decisions.tile)
     if shape is None or [axis for axis, _ in shape.rows] != [1]:
         raise ValueError("tiles of other axes than channels")
-    channels = _channels_together(product.extents[1], shape.rows[0][1], decisions)
+    channels = _channels_together(product, shape.rows[0][1], device, decisions)
     if not tile(sch, reader, device, replace(decisions, tile=0, grain=0), channels):
         raise ValueError("results that do not lie side by side")
     rv = sch.get_sblock(product.name)
@@ -406,9 +420,15 @@ def chain(sch: Schedule, product: Block, reader: Block, device: Device, decision
     sch.decompose_reduction(rv, deep[0])
 
 
-def _channels_together(channels: int, rows: int, decisions: Decisions) -> int:
-    """Two tiles of channels at a time, if they divide all: fewer read the product's operand too often, more do not stay in the cache."""
-    return rows * next(k for k in ((2, 1), (1,), (4, 2, 1))[decisions.grain] if channels % (k * rows) == 0)
+def _channels_together(product: Block, rows: int, device: Device, decisions: Decisions) -> int:
+    """How many are one task: fewer read the product's operand too often, more do not stay in the cache, or leave cores idle."""
+    batch, channels, places, _ = product.extents
+    cache = max(device.caches.l2, device.caches.l3 // device.cores)
+    for tiles in ((2, 1), (1,), (4, 2, 1))[decisions.grain]:
+        together = tiles * rows
+        if channels % together == 0 and 4 * together * places <= cache and _busy(batch * channels // together, device.cores):
+            return together
+    raise ValueError("no number of channels suits the cache and the cores")
 
 
 # --- Sums over patches --------------------------------------------------------------------------------------------------------

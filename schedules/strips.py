@@ -23,8 +23,8 @@ FEWEST_READERS, FEWEST_OF_PAGES = 6, 2
 PAGE = 1024
 # Lines of memory that a processor's prefetcher can be trusted to follow at once: where there are more, longer runs of each are read.
 FOLLOWED = 16
-# Places of an image that a line of all images keeps together: a vector of a copy or of results is never of two images.
-RUN = 4
+# Places of an image that a line of all images keeps together: a vector of a copy or of results is never of two images. The copy's block.
+RUN, LINE = 4, "line"
 # Strips that are then brought together, at most, and the part of a core's second cache that they may fill.
 TOGETHER, PART = 8, 4
 
@@ -96,5 +96,5 @@ def _as_lines(sch: Schedule, copy: SBlockRV, shape: Sequence[int], line: int) ->
     if len(shape) > 1 and shape[-1] < line == prod(shape[-2:]):
         merge = IndexMap.from_func(lambda *i: [*i[:-2], i[-2] * shape[-1] + i[-1]], ndim=len(shape), index_dtype="int64")
         sch.transform_layout(copy, ("write", 0), merge)
-        if shape[-1] != RUN:
+        if sch.get(copy).name_hint != LINE:
             sch.transform_block_layout(copy, merge)

@@ -16,14 +16,14 @@ from torch.nn import functional as F
 from tvm import relax, tirx
 from tvm.relax import op as R
 
-from tvmtrain import lowering, targets
+from tvmtrain import lowering, targets, workload
 from tvmtrain.schedules import cpu
 from tvmtrain.schedules.decisions import Decisions
 from tvmtrain.targets import Caches, Device
 
 rng = np.random.default_rng(0)
-# The caches of so small a processor hold no map.
-TINY = replace(targets.load("host"), caches=Caches(l2=256))
+# A core's second cache holds no map; the third one some channels.
+TINY = replace(targets.load("host"), cores=2, caches=Caches(l2=256, l3=2**16))
 
 
 @pytest.fixture(autouse=True)
@@ -36,15 +36,16 @@ def array(*shape: int) -> np.ndarray:
     return rng.standard_normal(shape).astype("float32")
 
 
-def block(stride: int, kernel: int = 3, *, read_twice: bool = False) -> Any:
+def block(stride: int, kernel: int = 3, *, padded: bool = True, read_twice: bool = False, residual: bool = False) -> Any:
     """An expansion and a depthwise convolution, each with a shift and ReLU6."""
+    padding = [kernel // 2] * 4 if padded else [0] * 4
 
     def make(x: relax.Var, w: relax.Var, t: relax.Var, v: relax.Var, u: relax.Var) -> relax.Expr:
         emit = relax.BlockBuilder.current().emit
         z = emit(R.clip(R.add(R.nn.conv2d(x, w), t), 0.0, 6.0))
         groups = int(v.ty.shape[0])
-        y = emit(R.nn.conv2d(z, v, strides=[stride, stride], padding=[kernel // 2] * 4, groups=groups))
-        out = R.clip(R.add(y, u), 0.0, 6.0)
+        y = emit(R.nn.conv2d(z, v, strides=[stride, stride], padding=padding, groups=groups))
+        out = R.clip(R.add(R.add(y, u), z) if residual else R.add(y, u), 0.0, 6.0)
         return relax.Tuple([out, z]) if read_twice else out
 
     return make
@@ -60,11 +61,12 @@ def operands(batch: int, channels: int, wide: int, size: tuple[int, int], kernel
     ]
 
 
-def wanted(arrays: list[np.ndarray], stride: int) -> np.ndarray:
+def wanted(arrays: list[np.ndarray], stride: int, *, padded: bool = True, residual: bool = False) -> np.ndarray:
     """The same by PyTorch, in double precision."""
     x, w, t, v, u = (torch.from_numpy(a).double() for a in arrays)
     z = (F.conv2d(x, w) + t).clamp(0, 6)
-    return (F.conv2d(z, v, stride=stride, padding=v.shape[-1] // 2, groups=len(v)) + u).clamp(0, 6).numpy()
+    y = F.conv2d(z, v, stride=stride, padding=v.shape[-1] // 2 if padded else 0, groups=len(v)) + u
+    return (y + z if residual else y).clamp(0, 6).numpy()
 
 
 def kernels(arrays: list[np.ndarray], make: Any, device: Device = TINY) -> list[str]:
@@ -86,6 +88,19 @@ def test_others_stay_two_kernels() -> None:
     arrays = operands(2, 7, 24, (16, 16))
     assert len(kernels(arrays, block(1, read_twice=True))) == 2, "a map that the backward reads, too"
     assert len(kernels(arrays, block(1), replace(TINY, caches=Caches()))) == 2, "a map that stays in the caches by itself"
+    assert len(kernels(arrays, block(1), replace(TINY, caches=Caches(l2=256)))) == 2, "no cache holds some channels"
+    assert len(kernels(arrays, block(1), replace(TINY, cores=5))) == 2, "four tasks for five cores"
+    assert len(kernels(operands(2, 7, 23, (16, 16)), block(1))) == 2, "a prime number of channels"
+    assert len(kernels(arrays, block(2, padded=False))) == 2, "a row that nothing reads"
+
+
+def test_who_else_reads_the_map_in_another_function_keeps_it() -> None:
+    arrays = operands(2, 7, 24, (16, 16))
+    both = module(block(1), *arrays)
+    both["other"] = module(block(1, read_twice=True), *arrays)["main"].with_attr("global_symbol", "other")
+    lowered = lowering.lower(both, TINY)
+    calls = {name: workload.calls(lowered[name]).total() for name in ("main", "other")}
+    assert calls == {"main": 1, "other": 2}
 
 
 @settings(max_examples=12, deadline=None)
@@ -96,17 +111,37 @@ def test_others_stay_two_kernels() -> None:
     size=st.tuples(st.sampled_from([1, 7, 8, 12, 14, 19]), st.sampled_from([1, 4, 7, 8, 16, 23])),
     stride=st.integers(1, 2),
     kernel=st.sampled_from([3, 5]),
+    residual=st.booleans(),
 )
-def test_numbers_of_any_shape(batch: int, channels: int, wide: int, size: tuple[int, int], stride: int, kernel: int) -> None:
-    arrays = operands(batch, channels, wide, size, kernel)
-    close(run(block(stride, kernel), *arrays)[0], wanted(arrays, stride))
+def test_numbers_of_any_shape(
+    batch: int, channels: int, wide: int, size: tuple[int, int], stride: int, kernel: int, residual: bool
+) -> None:
+    """Most become one kernel, some cannot."""
+    arrays, residual = operands(batch, channels, wide, size, kernel), residual and stride == 1
+    close(run(block(stride, kernel, residual=residual), *arrays)[0], wanted(arrays, stride, residual=residual))
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(15, 8), (16, 24), (9, 16)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_numbers_of_some_shapes(batch: int, size: tuple[int, int], stride: int, padded: bool) -> None:
+    arrays = operands(batch, 5, 48, size)
+    close(run(block(stride, padded=padded), *arrays)[0], wanted(arrays, stride, padded=padded))
 
 
 @pytest.mark.parametrize(
-    "chosen", [Decisions(tile=1), Decisions(tile=3, order=2), Decisions(grain=1), Decisions(grain=2, taps=2)]
+    "chosen", [Decisions(tile=1), Decisions(tile=3, order=1), Decisions(grain=1), Decisions(grain=2, taps=2)]
 )
 def test_numbers_of_other_decisions(chosen: Decisions, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = cpu.schedule
-    monkeypatch.setattr(cpu, "schedule", lambda f, device, _: whole(f, device, chosen))
+    whole, parallel = cpu.schedule, []
+
+    def schedule(f: tirx.PrimFunc, device: Device, _: Decisions) -> tirx.PrimFunc:
+        scheduled = whole(f, device, chosen)
+        parallel.append(scheduled.script().count("T.parallel"))
+        return scheduled
+
+    monkeypatch.setattr(cpu, "schedule", schedule)
     arrays = operands(2, 5, 48, (8, 16))
     close(run(block(2), *arrays)[0], wanted(arrays, 2))
+    assert parallel == [1], "one kernel, one loop that the cores share"

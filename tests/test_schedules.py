@@ -73,6 +73,11 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[tuple[int, 
         lambda x, w, s, r: np.maximum(np.einsum("nchw,oc->nohw", x, w[:, :, 0, 0]) + s, 0) + r,
         ((4, 23, 14, 14), (26, 23, 1, 1), (26, 1, 1), (4, 26, 14, 14)),
     ),
+    "pointwise, runs of four, one row": (
+        lambda x, w, s: R.nn.relu(R.add(R.nn.conv2d(x, w), s)),
+        lambda x, w, s: np.maximum(np.einsum("nchw,oc->nohw", x, w[:, :, 0, 0]) + s, 0),
+        ((4, 23, 1, 36), (26, 23, 1, 1), (26, 1, 1)),
+    ),
     "matmul, then more": (
         lambda a, b, c, d: R.add(R.nn.relu(R.add(R.matmul(a, b), c)), d),
         lambda a, b, c, d: np.maximum(a @ b + c, 0) + d,

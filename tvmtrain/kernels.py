@@ -21,7 +21,7 @@ from tvm.relax.transform.legalize_ops.common import register_legalize
 
 from tvmtrain.operators import DGRAD, PACKED_CONV, WGRAD
 from tvmtrain.schedules.blocks import KEPT, STRIDES
-from tvmtrain.schedules.strips import RUN
+from tvmtrain.schedules.strips import LINE, RUN
 from tvmtrain.strided import (
     ROW,
     Axis,
@@ -106,6 +106,7 @@ def _mix_channels(x: te.Tensor, weight: Callable, outputs: int, name: str, gathe
     area, c = height * width, te.reduce_axis((0, channels), "c")
     if gather and area % ROW and area >= WIDE_MAP:
         return _mix_lines(x, weight, outputs, name)
+    # A strip has two vectors, the width of a good register tile.
     if gather and area % ROW and not area % RUN and area > ROW and batch * area % (2 * ROW) == 0:
         return _mix_runs(x, weight, outputs, name)
     if area % ROW == 0 or not gather:
@@ -151,7 +152,7 @@ def _mix_runs(x: te.Tensor, weight: Callable, outputs: int, name: str) -> te.Ten
         j = run % runs * RUN + i
         return x[run // runs, c, j // width, j % width]
 
-    line = te.compute((channels, batch * runs, RUN), place, name="line")
+    line = te.compute((channels, batch * runs, RUN), place, name=LINE)
     product = te.compute(
         (outputs, batch * area), lambda o, p: te.sum(weight(o, c) * line[c, p // RUN, p % RUN], axis=[c]), name=name
     )
