@@ -299,7 +299,7 @@ def test_the_cost_model_learns_and_is_asked(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(tuner, "ROUND", 2)
     monkeypatch.setattr(trials, "LEARNED", 6)
     monkeypatch.setattr(ms.cost_model.XGBModel, "predict", predict)
-    assert search(24).failed == 0
+    assert search(14).failed == 0
     assert asked
     assert all(np.isfinite(scores).all() and len(scores) > tuner.ROUND for scores in asked)
 
