@@ -28,7 +28,7 @@ from tvm.ir.transform import PassContext, module_pass
 from tvmtrain import filtering, operators, signature
 from tvmtrain.errors import PlanError
 from tvmtrain.passes import views
-from tvmtrain.passes.sizes import shape_of
+from tvmtrain.sizes import shape_of
 
 AXES = ("rows", "columns")
 

@@ -19,7 +19,7 @@ from tvm.ir.transform import PassContext, module_pass
 
 from tvmtrain import signature
 from tvmtrain.passes.sides import Sides, substituted, with_backward
-from tvmtrain.passes.sizes import bytes_of
+from tvmtrain.sizes import bytes_of
 
 
 @module_pass(opt_level=0, name="HoistSaved")

@@ -23,7 +23,7 @@ from tvm.relax import op as R
 from tvmtrain import signature
 from tvmtrain.passes import rows
 from tvmtrain.passes.rows import Rows, Window
-from tvmtrain.passes.sizes import bytes_of
+from tvmtrain.sizes import bytes_of
 
 # Into how many strips a part of the forward may be cut.
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)

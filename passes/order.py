@@ -18,7 +18,7 @@ from tvm.ir.transform import PassContext, module_pass
 from tvmtrain import arena, signature
 from tvmtrain.passes.dependences import CALL_TIR, IN_PLACE, Dependences, makes_memory
 from tvmtrain.passes.share_workspace import workspace
-from tvmtrain.passes.sizes import buffer_bytes, bytes_of
+from tvmtrain.sizes import buffer_bytes, bytes_of
 
 
 @module_pass(opt_level=0, name="OrderForMemory")

@@ -20,7 +20,7 @@ from tvm.relax import op as R
 
 from tvmtrain import arena, signature
 from tvmtrain.passes.share_workspace import per_core
-from tvmtrain.passes.sizes import size_of
+from tvmtrain.sizes import size_of
 
 ALLOC = "relax.builtin.alloc_tensor"
 # The same in a planned function: (storage, offset, shape, dtype), and its pointer moved to the offset.

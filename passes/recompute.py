@@ -17,7 +17,7 @@ from tvm.ir.transform import PassContext, module_pass
 
 from tvmtrain import operators, signature
 from tvmtrain.passes.sides import Sides, name_of, substituted, with_backward
-from tvmtrain.passes.sizes import bytes_of
+from tvmtrain.sizes import bytes_of
 
 # Operations to do again for one value (a BatchNorm is four), and large tensors to read for it.
 LONGEST = 16

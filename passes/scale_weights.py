@@ -18,7 +18,7 @@ from tvm.relax import op as R
 
 from tvmtrain import operators, signature
 from tvmtrain.passes.sides import Sides, name_of, with_backward
-from tvmtrain.passes.sizes import bytes_of, shape_of
+from tvmtrain.sizes import bytes_of, shape_of
 
 # A map is worth it that has so many times the bytes of its scaled weights, which are read and written.
 WORTH = 2

@@ -18,7 +18,7 @@ from tvm.ir import GlobalVar
 from tvm.ir.transform import PassContext, Sequential, module_pass
 from tvm.relax import op as R
 
-from tvmtrain.passes.sizes import buffer_bytes
+from tvmtrain.sizes import buffer_bytes
 
 GLOBAL = "global"
 

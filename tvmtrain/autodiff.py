@@ -18,6 +18,7 @@ from tvm.relax import op as R
 from tvm.relax.op.base import register_gradient
 
 from tvmtrain import filtering, operators, signature
+from tvmtrain.sizes import shape_of
 
 Rule = Callable[[relax.Var, relax.Call, relax.Var, relax.BlockBuilder], list[relax.Expr]]
 
@@ -52,10 +53,6 @@ def elementwise(name: str) -> Callable[[Callable], Callable]:
 
 def _const(value: float, like: relax.Expr) -> relax.Constant:
     return relax.const(value, like.ty.dtype)
-
-
-def _shape(expr: relax.Expr) -> list[int]:
-    return [int(d) for d in expr.ty.shape]
 
 
 def _masked(mask: relax.Expr, gy: relax.Expr) -> relax.Expr:
@@ -119,7 +116,7 @@ def _of_two(call: relax.Call, gy: relax.Var, bb: relax.BlockBuilder, wins: Calla
 def _summed_to(bb: relax.BlockBuilder, gradient: relax.Expr, target: relax.Expr) -> relax.Expr:
     """The gradient summed over the axes along which ``target`` was broadcast."""
     gradient = bb.normalize(gradient)
-    return gradient if _shape(gradient) == _shape(target) else R.collapse_sum_to(gradient, target.ty.shape)
+    return gradient if shape_of(gradient) == shape_of(target) else R.collapse_sum_to(gradient, target.ty.shape)
 
 
 @elementwise("relax.abs")
@@ -235,7 +232,7 @@ def _reshaped(y: relax.Var, call: relax.Call, gy: relax.Var, _: relax.BlockBuild
 @rule("relax.strided_slice")
 def _strided_slice(y: relax.Var, call: relax.Call, gy: relax.Var, bb: relax.BlockBuilder) -> list[relax.Expr]:
     """The gradient put back where it was cut out, zeros elsewhere."""
-    shape = _shape(call.args[0])
+    shape = shape_of(call.args[0])
     axes, begin, _end = (_numbers(arg) for arg in call.args[1:4])
     steps = _numbers(call.args[4]) if len(call.args) > 4 else [1] * len(axes)
     first, step = [0] * len(shape), [1] * len(shape)
@@ -262,7 +259,7 @@ def _pad(y: relax.Var, call: relax.Call, gy: relax.Var, _: relax.BlockBuilder) -
     widths = [int(w) for w in call.attrs.pad_width]
     if str(call.attrs.pad_mode) != "constant":
         raise NotImplementedError(f"gradient of padding mode {call.attrs.pad_mode}")
-    shape = _shape(call.args[0])
+    shape = shape_of(call.args[0])
     before = widths[0::2]
     # A negative width crops: what was cropped gets zeros back.
     axes = list(range(len(shape)))
@@ -285,16 +282,16 @@ def _flip(y: relax.Var, call: relax.Call, gy: relax.Var, _: relax.BlockBuilder) 
 
 @rule("relax.tile")
 def _tile(y: relax.Var, call: relax.Call, gy: relax.Var, _: relax.BlockBuilder) -> list[relax.Expr]:
-    shape = _shape(call.args[0])
-    full = [1] * (len(_shape(y)) - len(shape)) + shape
-    split = [part for n, total in zip(full, _shape(y), strict=True) for part in (total // n, n)]
+    shape = shape_of(call.args[0])
+    full = [1] * (len(shape_of(y)) - len(shape)) + shape
+    split = [part for n, total in zip(full, shape_of(y), strict=True) for part in (total // n, n)]
     summed = R.sum(R.reshape(gy, split), list(range(0, len(split), 2)))
     return _rest_no_grad(call, R.reshape(summed, shape))
 
 
 @rule("relax.repeat")
 def _repeat(y: relax.Var, call: relax.Call, gy: relax.Var, _: relax.BlockBuilder) -> list[relax.Expr]:
-    shape, times = _shape(call.args[0]), int(call.attrs.repeats)
+    shape, times = shape_of(call.args[0]), int(call.attrs.repeats)
     axis = int(call.attrs.axis) % len(shape)
     split = [*shape[: axis + 1], times, *shape[axis + 1 :]]
     return _rest_no_grad(call, R.sum(R.reshape(gy, split), [axis + 1]))
@@ -331,11 +328,11 @@ def _scatter_elements(y: relax.Var, call: relax.Call, gy: relax.Var, _: relax.Bl
 def _take(y: relax.Var, call: relax.Call, gy: relax.Var, _: relax.BlockBuilder) -> list[relax.Expr]:
     """TVM's take_backward wants one axis of indices."""
     x, index = call.args
-    axis = int(call.attrs.axis) % len(_shape(x)) if call.attrs.axis is not None else None
+    axis = int(call.attrs.axis) % len(shape_of(x)) if call.attrs.axis is not None else None
     if axis is None:
         raise NotImplementedError("gradient of take without an axis")
-    count = math.prod(_shape(index))
-    flat_gy = R.reshape(gy, [*_shape(x)[:axis], count, *_shape(x)[axis + 1 :]])
+    count = math.prod(shape_of(index))
+    flat_gy = R.reshape(gy, [*shape_of(x)[:axis], count, *shape_of(x)[axis + 1 :]])
     return [R.grad.take_backward(flat_gy, x, R.reshape(index, [count]), axis), R.grad.no_grad(index)]
 
 
@@ -344,7 +341,7 @@ def _take(y: relax.Var, call: relax.Call, gy: relax.Var, _: relax.BlockBuilder) 
 
 def _kept(call: relax.Call) -> list[int]:
     """The shape of a reduction's result with the reduced axes kept."""
-    shape = _shape(call.args[0])
+    shape = shape_of(call.args[0])
     axes = range(len(shape)) if call.attrs.axis is None else [int(a) % len(shape) for a in call.attrs.axis]
     return [1 if a in set(axes) else d for a, d in enumerate(shape)]
 
@@ -357,7 +354,7 @@ def _sum(y: relax.Var, call: relax.Call, gy: relax.Var, _: relax.BlockBuilder) -
 @rule("relax.mean")
 def _mean(y: relax.Var, call: relax.Call, gy: relax.Var, _: relax.BlockBuilder) -> list[relax.Expr]:
     kept = _kept(call)
-    count = math.prod(_shape(call.args[0])) // math.prod(kept)
+    count = math.prod(shape_of(call.args[0])) // math.prod(kept)
     return [R.broadcast_to(R.reshape(gy / _const(count, gy), kept), call.args[0].ty.shape)]
 
 
@@ -378,13 +375,13 @@ def _extreme(y: relax.Var, call: relax.Call, gy: relax.Var, _: relax.BlockBuilde
 def _matmul(y: relax.Var, call: relax.Call, gy: relax.Var, bb: relax.BlockBuilder) -> list[relax.Expr]:
     """dA = G B^T, dB = A^T G. Where B is one matrix for many, dB is one product over all rows, not a sum of many."""
     a, b = call.args
-    rank_a, rank_b = len(_shape(a)), len(_shape(b))
+    rank_a, rank_b = len(shape_of(a)), len(shape_of(b))
     if rank_a == 1 or rank_b == 1:
         return _matmul_with_vector(call, gy)
     da = R.matmul(gy, _swap(b))
     if rank_b == 2 and rank_a > 2:
-        rows = math.prod(_shape(a)[:-1])
-        flat_a, flat_g = R.reshape(a, [rows, _shape(a)[-1]]), R.reshape(gy, [rows, _shape(b)[-1]])
+        rows = math.prod(shape_of(a)[:-1])
+        flat_a, flat_g = R.reshape(a, [rows, shape_of(a)[-1]]), R.reshape(gy, [rows, shape_of(b)[-1]])
         db = R.matmul(_swap(bb.normalize(flat_a)), flat_g)
     else:
         db = R.matmul(_swap(a), gy)
@@ -392,21 +389,21 @@ def _matmul(y: relax.Var, call: relax.Call, gy: relax.Var, bb: relax.BlockBuilde
 
 
 def _swap(x: relax.Expr) -> relax.Expr:
-    rank = len(_shape(x))
+    rank = len(shape_of(x))
     return R.permute_dims(x, [*range(rank - 2), rank - 1, rank - 2])
 
 
 def _matmul_with_vector(call: relax.Call, gy: relax.Var) -> list[relax.Expr]:
     """A vector is a row on the left and a column on the right; other axes of the other operand count many products."""
     a, b = call.args
-    if len(_shape(a)) == len(_shape(b)) == 1:
+    if len(shape_of(a)) == len(shape_of(b)) == 1:
         return [gy * b, gy * a]
-    if len(_shape(b)) == 1:
+    if len(shape_of(b)) == 1:
         column = R.expand_dims(gy, -1)
-        return [column * b, R.sum(column * a, list(range(len(_shape(a)) - 1)))]
-    others = list(range(len(_shape(b)) - 2))
+        return [column * b, R.sum(column * a, list(range(len(shape_of(a)) - 1)))]
+    others = list(range(len(shape_of(b)) - 2))
     row = R.expand_dims(gy, -2)
-    return [R.sum(row * b, [*others, len(_shape(b)) - 1]), R.expand_dims(a, 1) * row]
+    return [R.sum(row * b, [*others, len(shape_of(b)) - 1]), R.expand_dims(a, 1) * row]
 
 
 # ---- neural networks ----
@@ -430,7 +427,7 @@ def _viewed_conv2d(y: relax.Var, call: relax.Call, gy: relax.Var, bb: relax.Bloc
     plain = operators.plain_conv2d(call)
     dx, groups = operators.conv2d_dgrad(plain, gy), int(call.attrs["groups"])
     kept, g, groups = operators.chosen(x, gy, channels[0], groups, bb) if channels else (x, gy, groups)
-    dview = operators.wgrad(kept, g, {**operators.geometry_of(call), "groups": groups}, _shape(view))
+    dview = operators.wgrad(kept, g, {**operators.geometry_of(call), "groups": groups}, shape_of(view))
     return _rest_no_grad(call, dx, R.grad.no_grad(call.args[1]), dview)
 
 
@@ -438,9 +435,9 @@ def _viewed_conv2d(y: relax.Var, call: relax.Call, gy: relax.Var, bb: relax.Bloc
 def _viewed_linear(y: relax.Var, call: relax.Call, gy: relax.Var, bb: relax.BlockBuilder) -> list[relax.Expr]:
     """dX is exact; dW is that of the view's columns: G^T @ x[..., channels]."""
     x, w, _, channels = call.args
-    rows, width = math.prod(_shape(x)[:-1]), _shape(channels)[0]
-    kept = R.reshape(bb.emit(R.take(x, channels, axis=len(_shape(x)) - 1, mode="clip")), [rows, width])
-    dview = R.matmul(_swap(bb.normalize(R.reshape(gy, [rows, _shape(gy)[-1]]))), kept)
+    rows, width = math.prod(shape_of(x)[:-1]), shape_of(channels)[0]
+    kept = R.reshape(bb.emit(R.take(x, channels, axis=len(shape_of(x)) - 1, mode="clip")), [rows, width])
+    dview = R.matmul(_swap(bb.normalize(R.reshape(gy, [rows, shape_of(gy)[-1]]))), kept)
     return _rest_no_grad(call, R.matmul(gy, w), R.grad.no_grad(w), dview)
 
 
@@ -505,7 +502,7 @@ def _gradient_sums(
 
 def _count(x: relax.Expr, total: relax.Expr) -> int:
     """How many numbers of x each of the sums is made of."""
-    return math.prod(_shape(x)) // math.prod(_shape(total))
+    return math.prod(shape_of(x)) // math.prod(shape_of(total))
 
 
 @rule("relax.nn.log_softmax")

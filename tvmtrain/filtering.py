@@ -32,6 +32,7 @@ from tvm.relax import op as R
 from tvm.relax.transform.legalize_ops.common import register_legalize
 
 from tvmtrain import operators
+from tvmtrain.sizes import shape_of
 
 PATCH_SUM = "tvmtrain.patch_sum"
 PATCH_MEAN = "tvmtrain.patch_mean"
@@ -172,12 +173,12 @@ def gradients(call: relax.Call, gy: relax.Expr, bb: relax.BlockBuilder) -> tuple
     stride = geometry["strides"][0] * geometry["strides"][1]
     if str(call.attrs["scaling"]) == "unbiased" and stride > 1:
         g = bb.emit(R.multiply(g, relax.const(1 / stride, gy.ty.dtype)))
-    dx = unpatch(bb.emit(_pooled_dx(g, w, _shape(x), patch, geometry, bb)), source)
+    dx = unpatch(bb.emit(_pooled_dx(g, w, shape_of(x), patch, geometry, bb)), source)
     if channels:
         x, g, groups = operators.chosen(x, g, channels[0], groups, bb)
     pooled = bb.emit(patch_sum(x, source))
     point = {"strides": [1, 1], "padding": [0, 0, 0, 0], "dilation": [1, 1], "groups": groups}
-    return dx, operators.wgrad(pooled, g, point, _shape(view))
+    return dx, operators.wgrad(pooled, g, point, shape_of(view))
 
 
 def _pooled_dx(
@@ -185,9 +186,9 @@ def _pooled_dx(
 ) -> relax.Call:
     """dX in patches: the dgrad of a convolution of one tap, or of one whose taps are whole patches apart."""
     apart = steps(_pair(geometry["dilation"]), patch)
-    summed = [a for a in (2, 3) if apart[a - 2] == 0 and _shape(w)[a] > 1]
+    summed = [a for a in (2, 3) if apart[a - 2] == 0 and shape_of(w)[a] > 1]
     kernel = bb.emit(R.sum(w, summed, keepdims=True)) if summed else w
-    border = [(n - 1) // 2 * step for n, step in zip(_shape(kernel)[2:], apart, strict=True)]
+    border = [(n - 1) // 2 * step for n, step in zip(shape_of(kernel)[2:], apart, strict=True)]
     dilation = [max(step, 1) for step in apart]
     pooled = [*shape[:2], *_map(g)]
     return operators.transposed_conv2d(g, kernel, pooled, [1, 1], [*border, *border], dilation, geometry["groups"])
@@ -199,12 +200,8 @@ def steps(dilation: Pair, patch: Pair) -> Pair:
     return rows, columns
 
 
-def _shape(expr: relax.Expr) -> list[int]:
-    return [int(d) for d in expr.ty.shape]
-
-
 def _map(expr: relax.Expr) -> Pair:
-    return _pair(_shape(expr)[2:])
+    return _pair(shape_of(expr)[2:])
 
 
 def _pair(values: Sequence[Any]) -> Pair:

@@ -20,7 +20,7 @@ from tvm.ir import Op
 from tvmtrain import operators, signature
 from tvmtrain.costs import LayerCost
 from tvmtrain.passes.sides import VIEWS
-from tvmtrain.passes.sizes import bytes_of
+from tvmtrain.sizes import bytes_of, shape_of
 
 PRODUCTS = ("relax.nn.conv2d", operators.DGRAD, operators.WGRAD, "relax.matmul")
 SUMS = ("relax.sum", "relax.mean", "tvmtrain.patch_sum", "tvmtrain.patch_mean")
@@ -186,26 +186,22 @@ def _name(call: relax.Call) -> str:
     return str(call.op.name) if isinstance(call.op, Op) else ""
 
 
-def _shape(expr: relax.Expr) -> list[int]:
-    return [int(d) for d in expr.ty.shape]
-
-
 def operations(value: relax.Expr, result: relax.Var) -> int:
     """FLOPs of one binding, by the rules above."""
     if not isinstance(value, relax.Call):
         return 0
     name = _name(value)
     if name == "relax.nn.conv2d":
-        return _product(math.prod(_shape(result)), math.prod(_shape(value.args[1])[1:]))
+        return _product(math.prod(shape_of(result)), math.prod(shape_of(value.args[1])[1:]))
     if name in (operators.DGRAD, operators.WGRAD):
         gy, w = (value.args[0], value.args[1]) if name == operators.DGRAD else (value.args[1], result)
-        terms = math.prod(_shape(gy)) * math.prod(_shape(w)[1:])
-        numbers = math.prod(_shape(result))
+        terms = math.prod(shape_of(gy)) * math.prod(shape_of(w)[1:])
+        numbers = math.prod(shape_of(result))
         return max(2 * terms - numbers, terms)
     if name == "relax.matmul":
-        return _product(math.prod(_shape(result)), _shape(value.args[0])[-1])
+        return _product(math.prod(shape_of(result)), shape_of(value.args[0])[-1])
     passes = 2 if name == operators.GRADIENT_SUMS else int(name in SUMS)
-    return passes * math.prod(_shape(value.args[0])) if passes else 0
+    return passes * math.prod(shape_of(value.args[0])) if passes else 0
 
 
 # ---- layers ----

@@ -14,6 +14,7 @@ from tvmtrain.costs import Timeline
 from tvmtrain.passes import plan_arena
 from tvmtrain.passes.plan_arena import Liveness
 from tvmtrain.passes.share_workspace import per_core
+from tvmtrain.sizes import shape_of
 
 
 def timeline(planned: tvm.IRModule) -> Timeline:
@@ -66,7 +67,7 @@ def _gradients(function: relax.Function, life: Liveness, calls: Sequence[relax.C
         if written in state or life.behind.get(written, set()) & found:
             read = set().union(*(life.behind.get(arg, set()) for arg in call.args))
             shared = written in state and any(arg in channels for arg in call.args)
-            found |= {var for var in read if _like(_shape(var), _shape(written), shared)}
+            found |= {var for var in read if _like(shape_of(var), shape_of(written), shared)}
     return found
 
 
@@ -77,10 +78,6 @@ def _written(call: relax.Call, life: Liveness) -> relax.Expr:
         if not blocks or any(block.first != block.last for block in blocks):
             return arg
     return call.args[-1]
-
-
-def _shape(var: relax.Var) -> list[int]:
-    return [int(d) for d in var.ty.shape]
 
 
 def _like(value: list[int], state: list[int], shared: bool) -> bool:

@@ -12,7 +12,7 @@ from tvm.s_tir.analysis import estimate_tir_flops
 from tvmtrain.costs import Kernel
 from tvmtrain.passes.dependences import CALL_TIR
 from tvmtrain.passes.plan_arena import bindings, is_kernel
-from tvmtrain.passes.sizes import buffer_bytes
+from tvmtrain.sizes import buffer_bytes
 
 # ``passes.update_in_place`` makes another kernel of one that overwrites its own argument.
 REWRITTEN = re.compile(r"_in_place\d*$")
