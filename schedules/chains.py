@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,14 +20,12 @@ from tvm.ir import GlobalVar
 from tvm.ir.transform import PassContext, module_pass
 from tvm.s_tir import Schedule
 
-from tvmtrain.schedules import SCHEDULED
-from tvmtrain.schedules.blocks import CHAINED, FAILURES, Block
-from tvmtrain.schedules.cpu import blocks_of, chains
-from tvmtrain.schedules.prologues import CALL_TIR, elements, kernel_name, kernel_of
+from tvmtrain import signature
+from tvmtrain.schedules import SCHEDULED, merging
+from tvmtrain.schedules.blocks import CHAINED, Block
+from tvmtrain.schedules.cpu import chains
+from tvmtrain.sizes import bytes_of
 from tvmtrain.targets import Device
-
-# Bytes of an element.
-FLOAT = 4
 
 
 @module_pass(opt_level=0, name="FuseChains")
@@ -39,27 +36,12 @@ class FuseChains:
     device: Device
 
     def transform_module(self, mod: tvm.IRModule, _ctx: PassContext) -> tvm.IRModule:
-        builder = relax.BlockBuilder(mod)
         kernels = {g: _Kernel(f) for g, f in mod.functions_items() if isinstance(f, tirx.PrimFunc) and SCHEDULED not in f.attrs}
         fitting: dict[tuple[GlobalVar, GlobalVar], bool] = {}
-        for name, function in mod.functions_items():
-            if isinstance(function, relax.Function) and len(function.body.blocks) == 1:
-                chained = _Chaining(function, kernels, fitting, self.device, builder).done()
-                builder.update_func(builder.get().get_global_var(name.name_hint), chained)
-        return builder.get()
+        return merging.rewritten(mod, lambda f, builder: _Chaining(f, kernels, fitting, self.device, builder).done())
 
 
-@dataclass(frozen=True)
-class _Kernel:
-    function: tirx.PrimFunc
-
-    @cached_property
-    def blocks(self) -> list[Block]:
-        """None of them where they are not plain."""
-        with suppress(*FAILURES):
-            return blocks_of(Schedule(self.function, error_render_level="none"))
-        return []
-
+class _Kernel(merging.Plain):
     @cached_property
     def sums(self) -> list[Block]:
         return [block for block in self.blocks if block.reduction]
@@ -77,7 +59,7 @@ class _Kernel:
         """Whether its one reduction is [images, channels, rows, columns] over the taps of one channel."""
         return [block.reduced for block in self.sums] == [(False,) * 4 + (True,) * 3] and self.sums[0].extents[4] == 1
 
-    @property
+    @cached_property
     def marked(self) -> tirx.PrimFunc:
         """The same with its last block marked as the end of a product."""
         sch = Schedule(self.function, error_render_level="none")
@@ -96,27 +78,19 @@ class _Chaining:
     builder: relax.BlockBuilder
 
     def done(self) -> relax.Function:
-        f = self.function
-        bindings = list(f.body.blocks[0].bindings)
-        made = {binding.var: binding for binding in bindings if self._kernel(binding) is not None}
-        values = [*(binding.value for binding in bindings), f.body.body]
+        bindings = list(self.function.body.blocks[0].bindings)
+        made = {b.var: b for b in bindings if merging.is_call(b) and b.value.args[0] in self.kernels}
+        values = [*(binding.value for binding in bindings), self.function.body.body]
         read = Counter(var for value in values for var in relax.analysis.free_vars(value))
         kept = dict.fromkeys(bindings)
         for reader in made.values():
-            maps = [v for v in relax.analysis.free_vars(reader.value) if v in made and read[v] == 1 and self._large(v)]
+            operands = [v for v in relax.analysis.free_vars(reader.value) if v in made and read[v] == 1]
+            maps = [v for v in operands if bytes_of(v.ty) > self.device.caches.l2]
             first = next((made[v] for v in maps if self._fit(made[v], reader)), None)
             if first is not None:
                 del kept[first]
                 kept[reader] = self._merged(first, reader)
-        block = relax.DataflowBlock([merged or binding for binding, merged in kept.items()])
-        return relax.Function(f.params, relax.SeqExpr([block], f.body.body), f.ret_ty, f.is_pure, f.attrs)
-
-    def _kernel(self, binding: relax.Binding) -> _Kernel | None:
-        value = binding.value
-        return self.kernels.get(value.args[0]) if isinstance(value, relax.Call) and value.op == CALL_TIR else None
-
-    def _large(self, var: relax.Var) -> bool:
-        return FLOAT * elements(var) > self.device.caches.l2
+        return signature.with_bindings(self.function, [merged or binding for binding, merged in kept.items()])
 
     def _fit(self, first: relax.Binding, reader: relax.Binding) -> bool:
         pair = first.value.args[0], reader.value.args[0]
@@ -140,9 +114,6 @@ class _Chaining:
 
     def _merged(self, first: relax.Binding, reader: relax.Binding) -> relax.Binding:
         """A call of both kernels as one."""
-        ended = self.builder.add_func(self.kernels[first.value.args[0]].marked, kernel_name(first))
-        call = relax.Call(CALL_TIR, [ended, first.value.args[1]], None, first.value.ty_args)
-        own = [relax.VarBinding(first.var, call), reader]
-        read = list(dict.fromkeys(a for b in own for a in b.value.args[1].fields if not a.same_as(first.var)))
-        merged = self.builder.add_func(kernel_of(own, read), f"{kernel_name(first)}_{kernel_name(reader)}")
-        return relax.VarBinding(reader.var, relax.Call(merged, read))
+        ended = self.builder.add_func(self.kernels[first.value.args[0]].marked, merging.name_of(first))
+        product = relax.Call(merging.CALL_TIR, [ended, first.value.args[1]], None, first.value.ty_args)
+        return merging.merged([relax.VarBinding(first.var, product), reader], self.builder)

@@ -9,24 +9,19 @@ compute from it elementwise. Runs between two ``FuseTIR``: the first makes kerne
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 
 import tvm
 from tvm import relax, tirx
-from tvm.ir import GlobalVar, Op
+from tvm.ir import GlobalVar
 from tvm.ir.transform import PassContext, module_pass
-from tvm.s_tir import Schedule
 
-from tvmtrain.schedules import SCHEDULED
-from tvmtrain.schedules.blocks import FAILURES, Block
-from tvmtrain.schedules.cpu import blocks_of
+from tvmtrain import signature
+from tvmtrain.schedules import SCHEDULED, merging
 from tvmtrain.schedules.tiles import vector_axis
 
-CALL_TIR = Op.get("relax.call_tir")
 # TVM's class of operations that compute each place from the same place of a tensor, or of one that is repeated: OpPatternKind.
 ELEMENTWISE = 1
 # A tensor is small beside one of so many times its elements: statistics and parameters of channels.
@@ -41,42 +36,27 @@ class FusePrologues:
 
     def transform_module(self, mod: tvm.IRModule, _ctx: PassContext) -> tvm.IRModule:
         patterns = relax.transform.AnnotateTIROpPattern()(mod)
-        kernels = {g: _Kernel(f, int(patterns[g.name_hint].attrs["op_pattern"])) for g, f in _prim_functions(mod)}
-        builder = relax.BlockBuilder(mod)
-        for name, function in mod.functions_items():
-            if isinstance(function, relax.Function) and len(function.body.blocks) == 1:
-                builder.update_func(builder.get().get_global_var(name.name_hint), _Merging(function, kernels).done(builder))
-        return builder.get()
-
-
-def _prim_functions(mod: tvm.IRModule) -> list[tuple[GlobalVar, tirx.PrimFunc]]:
-    return [(gvar, f) for gvar, f in mod.functions_items() if isinstance(f, tirx.PrimFunc)]
+        prim_functions = {g: f for g, f in mod.functions_items() if isinstance(f, tirx.PrimFunc)}
+        kernels = {g: _Kernel(f, int(patterns[g.name_hint].attrs["op_pattern"])) for g, f in prim_functions.items()}
+        return merging.rewritten(mod, lambda function, builder: _Merging(function, kernels).done(builder))
 
 
 @dataclass(frozen=True)
-class _Kernel:
+class _Kernel(merging.Plain):
     """A kernel, and TVM's class of what it computes."""
 
-    function: tirx.PrimFunc
     pattern: int
-
-    @cached_property
-    def blocks(self) -> Sequence[Block] | None:
-        """None where they are not plain."""
-        with suppress(*FAILURES):
-            return blocks_of(Schedule(self.function, error_render_level="none")) or None
-        return None
 
     @property
     def elementwise(self) -> bool:
-        return self.pattern <= ELEMENTWISE and self.blocks is not None and not any(b.expensive for b in self.blocks)
+        return self.pattern <= ELEMENTWISE and bool(self.blocks) and not any(b.expensive for b in self.blocks)
 
     def reading(self, position: int) -> int | None:
         """Passes over memory for making what it reads as argument ``position``: 0 where that is made on the way, None where it cannot be.
 
         A product that reads its values one at a time, for a vector of results each, needs them in memory.
         """
-        if SCHEDULED in self.function.attrs or self.blocks is None:
+        if SCHEDULED in self.function.attrs or not self.blocks:
             return None
         buffer = self.function.params[position]
         for block in self.blocks:
@@ -110,13 +90,11 @@ class _Merging:
             if self._pays(i):
                 self._merge(i)
         kept = [self._rewritten(i, builder) for i in range(len(self.bindings)) if i not in self.gone]
-        block = relax.DataflowBlock(kept)
-        f = self.function
-        return relax.Function(f.params, relax.SeqExpr([block], f.body.body), f.ret_ty, f.is_pure, f.attrs)
+        return signature.with_bindings(self.function, kept)
 
     def _kernel(self, i: int) -> _Kernel | None:
-        value = self.bindings[i].value
-        return self.kernels[value.args[0]] if isinstance(value, relax.Call) and value.op == CALL_TIR else None
+        binding = self.bindings[i]
+        return self.kernels[binding.value.args[0]] if merging.is_call(binding) else None
 
     def _pays(self, i: int) -> bool:
         """Whether fewer large tensors are read and written when all readers of a result make it themselves."""
@@ -125,7 +103,7 @@ class _Merging:
             kernel is None
             or not readers
             or i in self.returned
-            or elements(self.bindings[i].var) < FEWEST
+            or _elements(self.bindings[i].var) < FEWEST
             or not kernel.elementwise
         ):
             return False
@@ -137,9 +115,9 @@ class _Merging:
         """The tensors of its result's size that a binding reads, with what is computed in front of it."""
         own = [*self.group.get(i, []), i]
         made = {self.bindings[k].var for k in own}
-        size = elements(self.bindings[i].var)
+        size = _elements(self.bindings[i].var)
         read = {v for k in own for v in relax.analysis.free_vars(self.bindings[k].value)} - made
-        return {v for v in read if not isinstance(v, GlobalVar) and elements(v) * SMALL > size}
+        return {v for v in read if not isinstance(v, GlobalVar) and _elements(v) * SMALL > size}
 
     def _reading(self, reader: int, var: relax.Var) -> int | None:
         kernel = self._kernel(reader)
@@ -159,31 +137,9 @@ class _Merging:
         binding = self.bindings[i]
         if i not in self.group:
             return binding
-        own = [*(self.bindings[k] for k in self.group[i]), binding]
-        made = {b.var for b in own}
-        read = dict.fromkeys(a for b in own for a in b.value.args[1].fields if a not in made)
-        merged = builder.add_func(kernel_of(own, list(read)), "_".join(kernel_name(b) for b in own))
-        return relax.VarBinding(binding.var, relax.Call(merged, list(read)))
+        return merging.merged([*(self.bindings[k] for k in self.group[i]), binding], builder)
 
 
-def kernel_of(bindings: Sequence[relax.Binding], read: Sequence[relax.Expr]) -> relax.Function:
-    """The bindings as a function, of tensors and constants, that ``FuseTIR`` makes one kernel of."""
-    parameters = {value: relax.Var(f"operand{i}", value.ty) for i, value in enumerate(read)}
-    made: list[relax.Binding] = []
-    for binding in bindings:
-        kernel, operands = binding.value.args
-        arguments = relax.Tuple([parameters[a] for a in operands.fields])
-        var = relax.Var("result", binding.var.ty) if binding is bindings[-1] else relax.DataflowVar("front", binding.var.ty)
-        made.append(relax.VarBinding(var, relax.Call(CALL_TIR, [kernel, arguments], None, binding.value.ty_args)))
-        parameters[binding.var] = var
-    body = relax.SeqExpr([relax.DataflowBlock(made)], made[-1].var)
-    return relax.Function([parameters[value] for value in read], body, made[-1].var.ty, True).with_attr("Primitive", True)
-
-
-def kernel_name(binding: relax.Binding) -> str:
-    return str(binding.value.args[0].name_hint).removeprefix("fused_")
-
-
-def elements(var: relax.Var) -> int:
+def _elements(var: relax.Var) -> int:
     shape = getattr(var.ty, "shape", None)
     return prod(int(d) for d in shape) if shape is not None else 0

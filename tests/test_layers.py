@@ -69,7 +69,7 @@ ALLOWED: dict[str, set[str]] = {
     "elf": {"errors"},
     "wheels": {"errors"},
     "codegen": {"cuda_compiler", "features", "gpu_code", "registers", "targets", "toolchain"},
-    "schedules": {"artifact", "errors", "targets"},
+    "schedules": {"artifact", "errors", "signature", "sizes", "targets"},
     "builder": {
         *("artifact", "codegen", "costs", "cuda_compiler", "graph", "lowering", "passes", "runtime", "spec", "summarize"),
         *("targets", "timeline", "workload"),
