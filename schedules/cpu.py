@@ -16,7 +16,7 @@ A template that does not fit a block is undone; the worst that can happen is a p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from math import prod
@@ -38,6 +38,7 @@ from tvmtrain.schedules.tiles import (
     Tile,
     extent_of,
     fill_then_copy,
+    keep_in_registers,
     known,
     lanes_of,
     leave_registers,
@@ -69,19 +70,21 @@ def schedule(func: tirx.PrimFunc, device: Device, decisions: Decisions = DEFAULT
 
 def decided(sch: Schedule, device: Device, decisions: Decisions) -> Schedule:
     """What the templates make of a schedule, with these decisions: the space that tuning searches."""
-    blocks = blocks_of(sch)
-    if not blocks:
-        return sch
-    if len(blocks) > 1:
-        _inline(sch, blocks)
-        blocks = blocks_of(sch)
-    if _pad(sch, blocks, device):
-        blocks = blocks_of(sch)
+    blocks = _prepared(sch, device)
     sch = _fit_chain(sch, blocks, device, decisions)
     for block in sorted(blocks, key=lambda b: not b.reduction and b.strides is None):
         if _alone(sch, block.name):
             sch = _fit(sch, block, device, decisions)
     return sch
+
+
+def _prepared(sch: Schedule, device: Device) -> list[Block]:
+    """The blocks that need loops, after what is cheap was inlined and rows were padded to whole vectors."""
+    blocks = blocks_of(sch)
+    if len(blocks) > 1:
+        _inline(sch, blocks)
+        blocks = blocks_of(sch)
+    return blocks_of(sch) if _pad(sch, blocks, device) else blocks
 
 
 def _fit(sch: Schedule, block: Block, device: Device, decisions: Decisions) -> Schedule:
@@ -176,19 +179,15 @@ def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions, step
     counts = [extent_of(sch, loop) for loop in outer]
     shared, private = _share(sch, block, axes, counts, _cores(device, decisions)) if block.volume >= PARALLEL else (0, [])
     outer = _parallel(sch, outer, shared, steps)
-    depth = 1 if steps == 1 else 2
-    copies = [copied for producer in private for copied in _bring(sch, producer, outer[0], depth)]
+    copies = [copied for producer in private for copied in _bring(sch, producer, outer[0])]
     if not private and decisions.order == 0 and len(outer) > len(shape.rows):
         bring_strips(sch, block, shape, outer[-1 - len(shape.rows)], device)
     _finish_in(sch, rv, epilogue, outer[-1] if outer else None, device)
     for copied in copies:
-        fill_then_copy(sch, copied, depth)
-    for loop in inner[:-1]:
-        sch.unroll(loop)
-    sch.vectorize(inner[-1])
+        fill_then_copy(sch, copied, outer[0])
     for loop in _taps(sch, reductions, inner, LARGEST_TAPS[decisions.taps]):
         sch.unroll(loop)
-    sch.decompose_reduction(rv, reductions[0])
+    keep_in_registers(sch, rv, inner, reductions[0])
     return True
 
 
@@ -216,7 +215,9 @@ def _taps(sch: Schedule, reductions: Sequence[LoopRV], inner: Sequence[LoopRV], 
     return taken
 
 
-def _split(sch: Schedule, loops: Sequence[LoopRV], shape: Tile) -> tuple[list[LoopRV], dict[int, LoopRV]]:
+def _split(
+    sch: Schedule, loops: Sequence[LoopRV] | Mapping[int, LoopRV], shape: Tile
+) -> tuple[list[LoopRV], dict[int, LoopRV]]:
     """The loops inside of a tile (rows, columns, lanes), and those that run over tiles, by axis."""
     outer: dict[int, LoopRV] = {}
     inner: list[LoopRV] = []
@@ -277,7 +278,7 @@ def _private(sch: Schedule, block: Block, axes: Sequence[int]) -> list[str]:
     return own
 
 
-def _bring(sch: Schedule, producer: str, at: LoopRV, depth: int) -> list[str]:
+def _bring(sch: Schedule, producer: str, at: LoopRV) -> list[str]:
     """Copy what a step of the loop ``at`` reads; the names of the padded copies."""
     rv = sch.get_sblock(producer)
     across = _transposed(known(sch, rv))
@@ -288,7 +289,7 @@ def _bring(sch: Schedule, producer: str, at: LoopRV, depth: int) -> list[str]:
         return [producer]
     pads = [pad for pad in sch.get_producers(rv) if len(sch.get_consumers(pad)) == 1 and not known(sch, pad).chained]
     if not pads:
-        fill_then_copy(sch, producer, depth)
+        fill_then_copy(sch, producer, at)
     residues_together(sch, rv)
     names = [sch.get(pad).name_hint for pad in pads]
     for pad in pads:
@@ -370,8 +371,7 @@ def _finish_in(sch: Schedule, rv: SBlockRV, epilogue: SBlockRV | None, at: LoopR
 def chains(func: tirx.PrimFunc, device: Device) -> bool:
     """Whether ``func`` has a product marked as chained that is computed in the tasks of what reads it, with the default decisions."""
     sch = Schedule(func, error_render_level="none")
-    _inline(sch, blocks_of(sch))
-    return _fit_chain(sch, blocks_of(sch), device, DEFAULT) is not sch
+    return _fit_chain(sch, _prepared(sch, device), device, DEFAULT) is not sch
 
 
 def _fit_chain(sch: Schedule, blocks: Sequence[Block], device: Device, decisions: Decisions) -> Schedule:
@@ -410,14 +410,10 @@ def chain(sch: Schedule, product: Block, reader: Block, device: Device, decision
     row, place, *deep = loops_in(sch, rv, task)
     if (extent_of(sch, row), extent_of(sch, place)) != (channels, product.extents[2]):
         raise ValueError("a task reads other results than those of its channels")
-    group, row = sch.split(row, factors=[None, shape.rows[0][1]])
-    run, column, lane = sch.split(place, factors=[None, shape.columns, shape.lanes])
-    sch.reorder(run, group, *deep, row, column, lane)
-    leave_registers(sch, end, group, device)
-    for loop in (row, column):
-        sch.unroll(loop)
-    sch.vectorize(lane)
-    sch.decompose_reduction(rv, deep[0])
+    inner, outer_of = _split(sch, {1: row, 2: place}, shape)
+    sch.reorder(outer_of[2], outer_of[1], *deep, *inner)
+    leave_registers(sch, end, outer_of[1], device)
+    keep_in_registers(sch, rv, inner, deep[0])
 
 
 def _channels_together(product: Block, rows: int, device: Device, decisions: Decisions) -> int:

@@ -69,7 +69,7 @@ def _bring(sch: Schedule, rv: SBlockRV, plane: LoopRV) -> None:
         sch.compute_at(producer, plane)
         _bring(sch, producer, plane)
         if known.guarded:
-            fill_then_copy(sch, known.name)
+            fill_then_copy(sch, known.name, plane)
         if known.name == "residues":
             residues_together(sch, producer)
 

@@ -22,6 +22,7 @@ from tvmtrain.schedules.tiles import (
     divisors,
     fill_then_copy,
     finish_at,
+    keep_in_registers,
     known,
     leave_registers,
     one_consumer,
@@ -64,10 +65,7 @@ def side_by_side(sch: Schedule, block: Block, device: Device, decisions: Decisio
     if packed is None:
         return False
     _gather(sch, known(sch, packed), shape.columns * shape.lanes, block.volume >= PARALLEL)
-    for loop in (row, column):
-        sch.unroll(loop)
-    sch.vectorize(lane)
-    sch.decompose_reduction(rv, taps[0])
+    keep_in_registers(sch, rv, (row, column, lane), taps[0])
     return True
 
 
@@ -113,7 +111,7 @@ def _gather(sch: Schedule, block: Block, run: int, parallel: bool) -> None:
     for pad in pads:
         sch.compute_at(sch.get_sblock(pad), channel)
     for pad in pads:
-        fill_then_copy(sch, pad)
+        fill_then_copy(sch, pad, channel)
     with suppress(*FAILURES):
         sch.decompose_padding(rv, last)
 

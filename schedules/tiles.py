@@ -120,11 +120,19 @@ def finish_at(sch: Schedule, rv: SBlockRV, at: LoopRV) -> None:
         raise ValueError("some places are left out")
 
 
-def fill_then_copy(sch: Schedule, name: str, depth: int = 1) -> None:
-    """A padded copy without a question for each element: zeros everywhere inside of ``depth`` loops, then what lies inside."""
+def fill_then_copy(sch: Schedule, name: str, at: LoopRV) -> None:
+    """A padded copy in the loop ``at`` without a question for each element: zeros everywhere, then what lies inside."""
     rv = sch.get_sblock(name)
     with suppress(*FAILURES):
-        sch.decompose_padding(rv, sch.get_loops(rv)[depth])
+        sch.decompose_padding(rv, loops_in(sch, rv, at)[0])
+
+
+def keep_in_registers(sch: Schedule, rv: SBlockRV, inner: Sequence[LoopRV], first: LoopRV) -> None:
+    """A reduction's tile: the loops inside of it written out, the last one as a vector; zeros before its ``first`` reduced loop."""
+    for loop in inner[:-1]:
+        sch.unroll(loop)
+    sch.vectorize(inner[-1])
+    sch.decompose_reduction(rv, first)
 
 
 def one_consumer(sch: Schedule, block: Block) -> Block | None:
