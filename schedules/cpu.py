@@ -181,7 +181,7 @@ def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions, step
     outer = _parallel(sch, outer, shared, steps)
     copies = [copied for producer in private for copied in _bring(sch, producer, outer[0])]
     if not private and decisions.order == 0 and len(outer) > len(shape.rows):
-        bring_strips(sch, block, shape, outer[-1 - len(shape.rows)], device)
+        outer = bring_strips(sch, block, shape, outer, device)
     _finish_in(sch, rv, epilogue, outer[-1] if outer else None, device)
     for copied in copies:
         fill_then_copy(sch, copied, outer[0])

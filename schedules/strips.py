@@ -21,12 +21,10 @@ from tvmtrain.targets import Device
 FEWEST_READERS, FEWEST_OF_PAGES = 6, 2
 # Elements of a page of memory.
 PAGE = 1024
-# Lines of memory that a processor's prefetcher can be trusted to follow at once: where there are more, longer runs of each are read.
-FOLLOWED = 16
 # Places of an image that a line of all images keeps together: a vector of a copy or of results is never of two images. The copy's block.
 RUN, LINE = 4, "line"
-# Strips that are then brought together, at most, and the part of a core's second cache that they may fill.
-TOGETHER, PART = 8, 4
+# Strips that are brought together, at most, and the part of a core's second cache that they may fill.
+TOGETHER, PART = 32, 4
 
 
 def in_strips(block: Block, access: Access) -> bool:
@@ -40,8 +38,11 @@ def in_strips(block: Block, access: Access) -> bool:
     )
 
 
-def bring_strips(sch: Schedule, block: Block, shape: Tile, at: LoopRV, device: Device) -> None:
-    """The columns that all tiles of rows read in turn: made there, or copied without gaps, of a page each, that miss in every cache."""
+def bring_strips(sch: Schedule, block: Block, shape: Tile, outer: Sequence[LoopRV], device: Device) -> list[LoopRV]:
+    """The columns that all tiles of rows read in turn: made there, or copied without gaps, of a page each, that miss in every cache.
+
+    outer: the loops over tiles, that over columns before those over rows. Returns them as they then are.
+    """
     again = prod(block.extents[axis] // size for axis, size in shape.rows)
     rows = [axis for axis, _ in shape.rows]
     together = 0
@@ -56,24 +57,32 @@ def bring_strips(sch: Schedule, block: Block, shape: Tile, at: LoopRV, device: D
         if made is not None:
             _as_lines(sch, made, [int(d) for d in read.buffer.shape], block.extents[shape.axis])
             if not together:
-                at, together = _group(sch, block, shape, at, device)
+                outer, at, together = _group(sch, block, shape, outer, device)
             sch.compute_at(made, at)
             last = sch.get_loops(made)[-1]
             sch.vectorize(sch.split(last, factors=[None, min(shape.lanes, extent_of(sch, last))])[1])
             if together > 1 and gap:
                 _strip_by_strip(sch, made, shape.columns * shape.lanes)
+    return list(outer)
 
 
-def _group(sch: Schedule, block: Block, shape: Tile, at: LoopRV, device: Device) -> tuple[LoopRV, int]:
-    """The loop over groups of strips that are brought together, and how many strips are in each."""
-    lines = block.extents[block.reductions[0]]
-    size = 4 * lines * shape.columns * shape.lanes
-    most = min(TOGETHER, device.caches.l2 // PART // size) if lines > FOLLOWED else 1
-    together = max(divisors(extent_of(sch, at), most), default=1)
+def _group(
+    sch: Schedule, block: Block, shape: Tile, outer: Sequence[LoopRV], device: Device
+) -> tuple[Sequence[LoopRV], LoopRV, int]:
+    """The loops over tiles, the one of them in which strips are brought, and how many strips that are.
+
+    Where they are several, each tile of rows goes through all of them: it reads and writes runs of memory that a prefetcher follows.
+    """
+    split = len(outer) - 1 - len(shape.rows)
+    at, rows = outer[split], outer[split + 1 :]
+    size = 4 * block.extents[block.reductions[0]] * shape.columns * shape.lanes
+    together = max(divisors(extent_of(sch, at), min(TOGETHER, device.caches.l2 // PART // size)), default=1)
     # Without rows it is the innermost loop over tiles, which the caller goes on with.
-    if together == 1 or not shape.rows or sch.get(at).kind != tirx.ForKind.SERIAL:
-        return at, 1
-    return sch.split(at, factors=[None, together])[0], together
+    if together == 1 or not rows or sch.get(at).kind != tirx.ForKind.SERIAL:
+        return outer, at, 1
+    group, strip = sch.split(at, factors=[None, together])
+    sch.reorder(*rows, strip)
+    return [*outer[:split], group, *rows, strip], group, together
 
 
 def _strip_by_strip(sch: Schedule, made: SBlockRV, width: int) -> None:
