@@ -39,7 +39,6 @@ from typing import Any
 import networks
 import tvm
 from tvm import tirx
-from tvm.target import Target
 
 import tvmtrain as tt
 from tvmtrain import codegen, lowering, targets, workload
@@ -273,7 +272,7 @@ def kind_of(name: str, shapes: Iterable[Sequence[int]]) -> str:
 def assembly(kernel: Kernel, device: Device) -> str:
     """What LLVM makes of a kernel in a step."""
     function = kernel.function.with_attr("global_symbol", kernel.name)
-    built = codegen.compiled(tvm.IRModule({kernel.name: function}), Target(dict(device.target)))
+    built = codegen.compiled(tvm.IRModule({kernel.name: function}), codegen.processor(device))
     return str(built.inspect_source("asm"))
 
 

@@ -14,6 +14,10 @@ from tvm.s_tir import Schedule, ScheduleError
 from tvm.s_tir.schedule import SBlockRV
 from tvm_ffi import get_global_func
 
+from tvmtrain.schedules.primitives import without_checks
+
+without_checks()
+
 # How a schedule primitive of TVM says that it does not fit (an InternalError is a RuntimeError too), and what follows from loops that
 # are fewer than expected, or that have no fixed extent.
 FAILURES = (ScheduleError, RuntimeError, ValueError, IndexError, TypeError)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 import tvmtrain as tt
+from tvmtrain import importer
 from tvmtrain.errors import ModelError, NonFiniteLossError, PlanError, UnsupportedOperatorError
 
 
@@ -70,6 +71,37 @@ def test_module_program_and_file_are_the_same(training: bool, tmp_path: Path) ->
         copied = copy.deepcopy(model).eval()
         copied.load_state_dict({n: torch.from_numpy(v) for n, v in step.state_dict().items()})
         np.testing.assert_allclose(step.predict(images()), copied(images()).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+class Dropping(Small):
+    """Drops, whatever its mode."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return F.dropout(super().forward(x), 0.5, training=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "exports"),
+    [
+        (Small().eval(), ["the model with its loss", "the loss"]),
+        (nn.Sequential(Small(), nn.Dropout(0.5)).eval(), ["the model with its loss", "the loss"]),
+        (Small(), ["the model with its loss", "the model in eval mode", "the loss"]),
+        (nn.Sequential(Small().eval(), nn.Dropout(0.5)), ["the model with its loss", "the model in eval mode", "the loss"]),
+        (Dropping().eval(), ["the model with its loss", "the model in eval mode", "the loss"]),
+    ],
+)
+def test_a_step_that_computes_what_evaluation_does_is_exported_once(
+    model: nn.Module, exports: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    export = importer._export
+    monkeypatch.setattr(importer, "_export", lambda module, args, what: made.append(what) or export(module, args, what))
+    step = compiled(model)
+    assert made == exports
+    plain = (model[0] if isinstance(model, nn.Sequential) else Small()).eval()
+    plain.load_state_dict({name.removeprefix("0."): value for name, value in model.state_dict().items()})
+    np.testing.assert_allclose(step.predict(images()), plain(images()).detach().numpy(), rtol=1e-4, atol=1e-5)
+    assert step.evaluate(images(), labels()) == pytest.approx(F.cross_entropy(plain(images()), labels()).item(), rel=1e-4)
 
 
 def test_trace_leaves_the_model_as_it_was() -> None:

@@ -15,8 +15,10 @@ from relax_cases import close, module, run
 from tvm import relax, tirx
 from tvm.relax import op as R
 from tvm.relax.op.grad import max_pool2d_backward
+from tvm.s_tir import Schedule
 
 from tvmtrain import filtering, lowering, operators, schedules, targets
+from tvmtrain.schedules.blocks import FAILURES
 
 rng = np.random.default_rng(0)
 
@@ -150,12 +152,19 @@ def test_columns_that_many_rows_read_are_copied_first() -> None:
     assert "v1_global" not in scheduled(R.matmul, (8, 48), (48, 480)), "too few tiles would read them"
 
 
-def test_strips_of_many_lines_are_brought_together() -> None:
+def test_strips_are_brought_together() -> None:
     """As many as divide the map's 64 and fill a quarter of the cache; the numbers are test_numbers_stay_the_same's."""
     many = scheduled(R.nn.conv2d, (4, 96, 32, 32), (24, 96, 1, 1))
     (loops,) = [line for line in many.splitlines() if "in T.grid(T.int64(96), T.int64(16))" in line]
     assert loops, "eight strips of two vectors for each of 96 channels"
-    assert "T.int64(128)" not in scheduled(R.nn.conv2d, (4, 16, 32, 32), (24, 16, 1, 1)), "a prefetcher follows 16 lines"
+    few = scheduled(R.nn.conv2d, (4, 16, 64, 64), (32, 16, 1, 1))
+    assert "for o_0, j_0_1 in T.grid(T.int64(8), T.int64(32))" in few, "each tile of rows writes runs of 32 strips"
+
+
+def test_primitives_are_called_without_a_check_in_python() -> None:
+    assert not [name for name, primitive in vars(Schedule).items() if hasattr(primitive, "__wrapped__")]
+    with pytest.raises(FAILURES):
+        Schedule(tvm.IRModule()).get_loops("no block")
 
 
 def test_a_line_of_all_images_is_read_and_written_in_runs_of_one_image() -> None:

@@ -27,6 +27,8 @@ from tvmtrain.toolchain import Toolchain
 # Parts that a training step's kernels are compiled in, side by side; below FEW kernels, a linker takes longer than is won.
 PARTS = 8
 FEW = 64
+# LLVM's third level takes a fifth longer than the second, for kernels whose loops and vectors are written out already.
+LEVEL = {"opt-level": 2}
 # TVM's VM calls each kernel with the tensors it was compiled for: no code that checks each argument in each call.
 UNCHECKED = {"tirx.disable_assert": True}
 
@@ -75,7 +77,7 @@ def generate(planned: tvm.IRModule, device: Device) -> Executable:
 
 def _compile(mod: tvm.IRModule, device: Device) -> Executable:
     """For a processor. Many kernels are compiled on all cores of this machine, where it can link them."""
-    target = Target(dict(device.target))
+    target = processor(device)
     kernels = [(name, f) for name, f in mod.functions_items() if isinstance(f, tirx.PrimFunc)]
     if len(kernels) >= FEW and any(toolchain.installed(device)):
         functions = {name: f for name, f in mod.functions_items() if not isinstance(f, tirx.PrimFunc)}
@@ -100,6 +102,11 @@ def features(device: Device) -> tuple[str, ...]:
     """What the processor needs that runs this code (beside a GPU too), by the names of ``tvmtrain.features``."""
     target = device.target["host"] if device.gpu else device.target
     return instruction_sets.needed(device.arch, llvm.llvm_get_cpu_features(Target(dict(target))))
+
+
+def processor(device: Device) -> Target:
+    """A device without a GPU as the target that its kernels are compiled for."""
+    return Target({**device.target, **LEVEL})
 
 
 def compiled(kernels: tvm.IRModule, target: Target) -> Module:

@@ -27,7 +27,7 @@ from tvmtrain.artifact import LossSpec
 from tvmtrain.converters.base import Place
 from tvmtrain.errors import ModelError, TvmtrainError
 from tvmtrain.spec import Layer
-from tvmtrain.translator import Translator, decompositions, mark_stops
+from tvmtrain.translator import BATCH_STATISTICS, RANDOM, Translator, decompositions, mark_stops
 
 LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "cross_entropy": F.cross_entropy,
@@ -119,21 +119,22 @@ def _check_parameters(module: nn.Module) -> None:
 
 
 class _WithLoss(nn.Module):
-    """(inputs, targets) -> (loss, outputs)."""
+    """(inputs, targets) -> (loss, outputs); ``seen`` collects the structure that a custom loss sees (tracing undoes plain attributes)."""
 
-    def __init__(self, model: nn.Module, loss: Loss, inputs: int) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, inputs: int, seen: list[pytree.TreeSpec]) -> None:
         super().__init__()
         self.model = model
-        self.loss, self.inputs = loss, inputs
+        self.loss, self.inputs, self.seen = loss, inputs, seen
 
     def forward(self, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         result = self.model(*args[: self.inputs])
+        self.seen.append(pytree.tree_structure(result))
         value = apply_loss(self.loss, result, args[self.inputs :])
         return (value, *outputs_of(result, self.loss))
 
 
 class _Outputs(nn.Module):
-    """inputs -> outputs; ``seen`` collects the structure that a custom loss sees (tracing undoes plain attributes)."""
+    """inputs -> outputs; ``seen`` as in ``_WithLoss``."""
 
     def __init__(self, model: nn.Module, loss: Loss, seen: list[pytree.TreeSpec]) -> None:
         super().__init__()
@@ -190,29 +191,55 @@ def outputs_of(result: Any, loss: Loss) -> tuple[torch.Tensor, ...]:
 
 @dataclass(frozen=True)
 class _Programs:
+    """``predict``: None where it is ``forward`` without the loss."""
+
     forward: ExportedProgram
-    predict: ExportedProgram
+    predict: ExportedProgram | None
     loss: ExportedProgram
+
+    @property
+    def outputs(self) -> list[torch.Tensor]:
+        """What the model returns; shapes and dtypes only."""
+        return _returned(self.forward)[1:]
 
 
 def _export_all(module: nn.Module, xs: tuple, ys: tuple, loss: Loss) -> _Programs:
     if isinstance(loss, str) and loss not in LOSSES:
         raise ModelError(f"loss: got {loss!r}, wanted one of {', '.join(LOSSES)}, or a callable (output, target) -> scalar")
+    seen: list[pytree.TreeSpec] = []
     with _exportable_batchnorm(module):
-        forward = _export(_WithLoss(module, loss, len(xs)), (*xs, *ys), "the model with its loss")
-    if (value := _returned(forward)[0]).dim() != 0:
+        forward = _export(_WithLoss(module, loss, len(xs), seen), (*xs, *ys), "the model with its loss")
+    value, *outputs = _returned(forward)
+    if value.dim() != 0:
         raise ModelError(f"loss: got a tensor of shape {tuple(value.shape)}, wanted a scalar; reduce it with .mean() or .sum()")
-    with evaluating(module):
-        seen: list[pytree.TreeSpec] = []
-        predict = _export(_Outputs(module, loss, seen), xs, "the model in eval mode")
-    if len(_returned(predict)) != len(_returned(forward)) - 1:
+    predict = None if _evaluates(module, forward) else _predicting(module, xs, loss, seen)
+    if predict is not None and len(_returned(predict)) != len(outputs):
         raise ModelError(
-            f"the model returns {len(_returned(forward)) - 1} tensors in training mode and {len(_returned(predict))} in evaluation "
+            f"the model returns {len(outputs)} tensors in training mode and {len(_returned(predict))} in evaluation "
             "mode; wrap it so that both return the same, or give a built-in loss, which uses the first"
         )
-    examples = tuple(torch.zeros(tuple(r.shape), dtype=r.dtype) for r in _returned(predict))
+    examples = tuple(torch.zeros(tuple(r.shape), dtype=r.dtype) for r in (_returned(predict) if predict else outputs))
     alone = _export(_LossAlone(loss, len(examples), seen[-1]), (*examples, *ys), "the loss")
     return _Programs(forward, predict, alone)
+
+
+def _predicting(module: nn.Module, xs: tuple, loss: Loss, seen: list[pytree.TreeSpec]) -> ExportedProgram:
+    with evaluating(module):
+        return _export(_Outputs(module, loss, seen), xs, "the model in eval mode")
+
+
+def _evaluates(module: nn.Module, forward: ExportedProgram) -> bool:
+    """Whether a training step computes what evaluation does: nothing is in training mode, changes a buffer or draws numbers."""
+    if _is_exported(module) or any(child.training for child in module.modules()):
+        return False
+    changes = any(spec.kind == OutputKind.BUFFER_MUTATION for spec in forward.graph_signature.output_specs)
+    return not changes and not any(_of_training(node) for node in forward.graph.nodes if node.op == "call_function")
+
+
+def _of_training(node: torch.fx.Node) -> bool:
+    """Whether an operator is another one in evaluation, or needs a training step's random numbers."""
+    name = node.target.__name__.split(".")[0]
+    return bool(node.args[2]) if name.endswith("dropout") else name in RANDOM | BATCH_STATISTICS
 
 
 def _returned(program: ExportedProgram) -> list[torch.Tensor]:
@@ -296,11 +323,13 @@ class _Import:
         names = [f"x{i}" if len(self.xs) > 1 else "x" for i in range(len(self.xs))]
         targets = [f"y{i}" if len(self.ys) > 1 else "y" for i in range(len(self.ys))]
         x_ports, y_ports = [("input", n) for n in names], [("target", n) for n in targets]
-        count = len(self.programs.predict.graph_signature.user_outputs)
+        count = len(self.programs.outputs)
         outs = [("output", f"output{i}" if count > 1 else "output") for i in range(count)]
+        forward = self._function("forward", self.programs.forward, x_ports + y_ports, [("loss", "loss"), *outs], True)
+        predict = self.programs.predict and self._function("predict", self.programs.predict, x_ports, outs, False)
         functions = {
-            "forward": self._function("forward", self.programs.forward, x_ports + y_ports, [("loss", "loss"), *outs], True),
-            "predict": self._function("predict", self.programs.predict, x_ports, outs, False),
+            "forward": forward,
+            "predict": predict or _without_loss(forward, outs),
             "loss": self._function("loss", self.programs.loss, outs + y_ports, [("loss", "loss")], False),
         }
         module = self.builder.get()
@@ -410,8 +439,17 @@ class _Import:
             return LossSpec("custom", None, None)
         if self.loss != "cross_entropy":
             return LossSpec(self.loss, None, None)
-        logits = _returned(self.programs.predict)[0]
+        logits = self.programs.outputs[0]
         return LossSpec(self.loss, int(logits.shape[1 if logits.dim() > 1 else 0]), IGNORE_INDEX)
+
+
+def _without_loss(forward: relax.Function, outputs: list) -> relax.Function:
+    """The outputs of ``forward`` alone, which needs no targets for them and changes nothing."""
+    whole = relax.utils.copy_with_new_vars(forward)
+    body = relax.BlockBuilder().normalize(relax.SeqExpr(whole.body.blocks, relax.Tuple(whole.body.body.fields[1:])))
+    bare = relax.analysis.remove_all_unused(relax.Function(whole.params, body, body.ty, whole.is_pure, whole.attrs))
+    named = signature.with_ports(bare.with_attr("global_symbol", "predict"), signature.inputs(forward), outputs)
+    return signature.keeping(named, lambda port, _: port[0] != "target")
 
 
 def _own_name(target: str) -> str:

@@ -97,6 +97,8 @@ def mark_stops(program: ExportedProgram) -> ExportedProgram:
 CHECKS = frozenset({"_assert_tensor_metadata.default"})
 # What must not be evaluated once and for all.
 RANDOM = frozenset({"rand", "rand_like", "bernoulli", "native_dropout", "randn", "randn_like", "randint", "randperm"})
+# BatchNorms that look at the batch.
+BATCH_STATISTICS = frozenset({"_native_batch_norm_legit", "_native_batch_norm_legit_functional"})
 
 
 def decompositions() -> dict[Any, Callable]:

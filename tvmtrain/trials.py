@@ -27,7 +27,6 @@ from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.meta_schedule.arg_info import ArgInfo
-from tvm.target import Target
 
 from tvmtrain import artifact, codegen, runtime, toolchain
 from tvmtrain.fleet import Fleet, Runner
@@ -85,7 +84,7 @@ class Stopwatch:
     """Compiles candidates into ``folder`` and times them on ``threads`` threads; holds the worker and the cost model."""
 
     def __init__(self, device: Device, threads: int, folder: Path, boards: Fleet | None = None) -> None:
-        self.device, self.folder, self.target = device, folder, Target(dict(device.target))
+        self.device, self.folder, self.target = device, folder, codegen.processor(device)
         self.runner: _Here | Runner = _Here(threads) if boards is None else Runner(boards, CLOCK)
         self.link = _linker(device)
         self.at_once = 1 if boards is None else 2 * len(boards.names)
