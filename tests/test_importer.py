@@ -80,6 +80,18 @@ class Dropping(Small):
         return F.dropout(super().forward(x), 0.5, training=True)
 
 
+class Attending(nn.Module):
+    """One token attends to itself: the same values, of which some are dropped in every mode."""
+
+    def __init__(self, dropped: float) -> None:
+        super().__init__()
+        self.dropped = dropped
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        token = x[:, None, None]
+        return F.scaled_dot_product_attention(token, token, token, dropout_p=self.dropped)[:, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("model", "exports"),
     [
@@ -88,6 +100,8 @@ class Dropping(Small):
         (Small(), ["the model with its loss", "the model in eval mode", "the loss"]),
         (nn.Sequential(Small().eval(), nn.Dropout(0.5)), ["the model with its loss", "the model in eval mode", "the loss"]),
         (Dropping().eval(), ["the model with its loss", "the model in eval mode", "the loss"]),
+        (nn.Sequential(Small(), Attending(0.0)).eval(), ["the model with its loss", "the loss"]),
+        (nn.Sequential(Small(), Attending(0.5)).eval(), ["the model with its loss", "the model in eval mode", "the loss"]),
     ],
 )
 def test_a_step_that_computes_what_evaluation_does_is_exported_once(
@@ -102,6 +116,40 @@ def test_a_step_that_computes_what_evaluation_does_is_exported_once(
     plain.load_state_dict({name.removeprefix("0."): value for name, value in model.state_dict().items()})
     np.testing.assert_allclose(step.predict(images()), plain(images()).detach().numpy(), rtol=1e-4, atol=1e-5)
     assert step.evaluate(images(), labels()) == pytest.approx(F.cross_entropy(plain(images()), labels()).item(), rel=1e-4)
+
+
+def test_a_loss_may_change_its_tensors_and_predictions_stay() -> None:
+    model = nn.Sequential(Small(), nn.Dropout(0.5)).eval()
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return output.sub_(torch.eye(5)[target]).pow(2).mean()
+
+    step = compiled(model, loss=loss)
+    assert_same(step, model, loss=loss)
+    np.testing.assert_allclose(step.predict(images()), model(images()).detach().numpy(), rtol=1e-4, atol=1e-5)
+    assert step.evaluate(images(), labels()) == pytest.approx(loss(model(images()), labels()).item(), rel=1e-4)
+
+
+class Twice(Small):
+    """Its result, its input, and its result again."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        result = super().forward(x)
+        return {"first": result, "image": x, "second": result}
+
+
+def test_several_outputs_of_a_model_that_evaluates() -> None:
+    def loss(output: dict[str, torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(output["first"] + output["second"], target) + output["image"].mean()
+
+    model = Twice().eval()
+    step = compiled(model, loss=loss)
+    assert_same(step, model, loss=loss)
+    first, image, second = step.predict(images())
+    np.testing.assert_allclose(first, model(images())["first"].detach().numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(image, images().numpy())
+    np.testing.assert_array_equal(first, second)
+    assert step.evaluate(images(), labels()) == pytest.approx(loss(model(images()), labels()).item(), rel=1e-4)
 
 
 def test_trace_leaves_the_model_as_it_was() -> None:

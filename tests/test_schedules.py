@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -153,7 +154,7 @@ def test_columns_that_many_rows_read_are_copied_first() -> None:
 
 
 def test_strips_are_brought_together() -> None:
-    """As many as divide the map's 64 and fill a quarter of the cache; the numbers are test_numbers_stay_the_same's."""
+    """As many as divide the map's (64, 256) and fill a quarter of the cache; the numbers are test_numbers_stay_the_same's."""
     many = scheduled(R.nn.conv2d, (4, 96, 32, 32), (24, 96, 1, 1))
     (loops,) = [line for line in many.splitlines() if "in T.grid(T.int64(96), T.int64(16))" in line]
     assert loops, "eight strips of two vectors for each of 96 channels"
@@ -162,9 +163,15 @@ def test_strips_are_brought_together() -> None:
 
 
 def test_primitives_are_called_without_a_check_in_python() -> None:
-    assert not [name for name, primitive in vars(Schedule).items() if hasattr(primitive, "__wrapped__")]
-    with pytest.raises(FAILURES):
-        Schedule(tvm.IRModule()).get_loops("no block")
+    wrapped = [name for name, f in vars(Schedule).items() if isinstance(f, FunctionType) and hasattr(f, "__wrapped__")]
+    assert not wrapped
+    lowered = lowering.lower(module(R.add, array(7, 11), array(7, 11)), targets.load("x86-64-v3"))
+    (kernel,) = [f for f in lowered.functions.values() if isinstance(f, tirx.PrimFunc)]
+    sch = Schedule(kernel)
+    block = sch.get_sblock("root")
+    for refused in (lambda: sch.get_loops(3), lambda: sch.vectorize(block), lambda: sch.get_sblock(1.5)):
+        with pytest.raises(FAILURES):
+            refused()
 
 
 def test_a_line_of_all_images_is_read_and_written_in_runs_of_one_image() -> None:

@@ -106,7 +106,7 @@ def features(device: Device) -> tuple[str, ...]:
 
 def processor(device: Device) -> Target:
     """A device without a GPU as the target that its kernels are compiled for."""
-    return Target({**device.target, **LEVEL})
+    return Target({**LEVEL, **device.target})
 
 
 def compiled(kernels: tvm.IRModule, target: Target) -> Module:

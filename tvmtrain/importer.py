@@ -39,6 +39,8 @@ IGNORE_INDEX = -100  # PyTorch's default for cross_entropy
 Loss = str | Callable[[Any, Any], torch.Tensor]
 Tensors = torch.Tensor | Sequence[torch.Tensor]
 RANDOM_STATE = ("random", "random:state")
+# Operators that drop values where an argument says so: its place and its name.
+DROPPING = {"dropout": (2, "train"), "native_dropout": (2, "train"), "scaled_dot_product_attention": (4, "dropout_p")}
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,11 @@ class _WithLoss(nn.Module):
     def forward(self, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         result = self.model(*args[: self.inputs])
         self.seen.append(pytree.tree_structure(result))
-        value = apply_loss(self.loss, result, args[self.inputs :])
-        return (value, *outputs_of(result, self.loss))
+        outputs = outputs_of(result, self.loss)
+        if not isinstance(self.loss, str):
+            # Tensors of its own, which it may change in place.
+            result = pytree.tree_map_only(torch.Tensor, torch.clone, result)
+        return (apply_loss(self.loss, result, args[self.inputs :]), *outputs)
 
 
 class _Outputs(nn.Module):
@@ -239,7 +244,10 @@ def _evaluates(module: nn.Module, forward: ExportedProgram) -> bool:
 def _of_training(node: torch.fx.Node) -> bool:
     """Whether an operator is another one in evaluation, or needs a training step's random numbers."""
     name = node.target.__name__.split(".")[0]
-    return bool(node.args[2]) if name.endswith("dropout") else name in RANDOM | BATCH_STATISTICS
+    if name in DROPPING:
+        place, keyword = DROPPING[name]
+        return bool(node.args[place] if len(node.args) > place else node.kwargs.get(keyword))
+    return name.endswith("dropout") or name in RANDOM | BATCH_STATISTICS
 
 
 def _returned(program: ExportedProgram) -> list[torch.Tensor]:
@@ -439,16 +447,27 @@ class _Import:
             return LossSpec("custom", None, None)
         if self.loss != "cross_entropy":
             return LossSpec(self.loss, None, None)
-        logits = self.programs.outputs[0]
+        logits = _returned(self.programs.predict)[0] if self.programs.predict else self.programs.outputs[0]
         return LossSpec(self.loss, int(logits.shape[1 if logits.dim() > 1 else 0]), IGNORE_INDEX)
 
 
 def _without_loss(forward: relax.Function, outputs: list) -> relax.Function:
     """The outputs of ``forward`` alone, which needs no targets for them and changes nothing."""
     whole = relax.utils.copy_with_new_vars(forward)
-    body = relax.BlockBuilder().normalize(relax.SeqExpr(whole.body.blocks, relax.Tuple(whole.body.body.fields[1:])))
+    ports = signature.inputs(forward)
+    # Whatever reads a target, checks of it too.
+    loss = {var for (role, _), var in zip(ports, whole.params, strict=True) if role == "target"}
+    kept = []
+    for binding in whole.body.blocks[0].bindings:
+        if loss.isdisjoint(relax.analysis.free_vars(binding.value)):
+            kept.append(binding)
+        else:
+            loss.add(binding.var)
+    body = relax.BlockBuilder().normalize(
+        relax.SeqExpr([relax.DataflowBlock(kept)], relax.Tuple(whole.body.body.fields[1 : 1 + len(outputs)]))
+    )
     bare = relax.analysis.remove_all_unused(relax.Function(whole.params, body, body.ty, whole.is_pure, whole.attrs))
-    named = signature.with_ports(bare.with_attr("global_symbol", "predict"), signature.inputs(forward), outputs)
+    named = signature.with_ports(bare.with_attr("global_symbol", "predict"), ports, outputs)
     return signature.keeping(named, lambda port, _: port[0] != "target")
 
 
