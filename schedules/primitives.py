@@ -1,8 +1,7 @@
 """TVM's schedule primitives without a look at each argument's annotation.
 
-TVM 0.27 wraps each of them in a check in Python (``tvm.s_tir.schedule._type_checker``) that takes longer than the primitive itself: two
-fifths of the time that scheduling a training step takes, and of each trial of tuning. What it refuses, TVM's C++
-refuses, too, but for None in place of a loop or block.
+TVM 0.27 wraps each of them in a check in Python (``tvm.s_tir.schedule._type_checker``), which is much of the time that scheduling a
+training step takes, and each trial of tuning. What it refuses, TVM's C++ refuses, too, but for None in place of a loop or block.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from tvmtrain.toolchain import Toolchain
 # Parts that a training step's kernels are compiled in, side by side; below FEW kernels, a linker takes longer than is won.
 PARTS = 8
 FEW = 64
-# LLVM's third level takes a fifth longer than the second, for kernels whose loops and vectors are written out already.
+# LLVM's third level takes longer than the second, and wins nothing where loops and vectors are written out already.
 LEVEL = {"opt-level": 2}
 # TVM's VM calls each kernel with the tensors it was compiled for: no code that checks each argument in each call.
 UNCHECKED = {"tirx.disable_assert": True}

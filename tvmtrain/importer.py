@@ -204,8 +204,7 @@ class _Programs:
 
     @property
     def outputs(self) -> list[torch.Tensor]:
-        """What the model returns; shapes and dtypes only."""
-        return _returned(self.forward)[1:]
+        return _predicted(self.forward, self.predict)
 
 
 def _export_all(module: nn.Module, xs: tuple, ys: tuple, loss: Loss) -> _Programs:
@@ -223,7 +222,7 @@ def _export_all(module: nn.Module, xs: tuple, ys: tuple, loss: Loss) -> _Program
             f"the model returns {len(outputs)} tensors in training mode and {len(_returned(predict))} in evaluation "
             "mode; wrap it so that both return the same, or give a built-in loss, which uses the first"
         )
-    examples = tuple(torch.zeros(tuple(r.shape), dtype=r.dtype) for r in (_returned(predict) if predict else outputs))
+    examples = tuple(torch.zeros(tuple(r.shape), dtype=r.dtype) for r in _predicted(forward, predict))
     alone = _export(_LossAlone(loss, len(examples), seen[-1]), (*examples, *ys), "the loss")
     return _Programs(forward, predict, alone)
 
@@ -255,6 +254,11 @@ def _returned(program: ExportedProgram) -> list[torch.Tensor]:
     specs = program.graph_signature.output_specs
     nodes = zip(program.graph.output_node().args[0], specs, strict=True)
     return [node.meta["val"] for node, spec in nodes if spec.kind == OutputKind.USER_OUTPUT]
+
+
+def _predicted(forward: ExportedProgram, predict: ExportedProgram | None) -> list[torch.Tensor]:
+    """What the model returns in evaluation; shapes and dtypes only."""
+    return _returned(predict) if predict else _returned(forward)[1:]
 
 
 def _export(module: nn.Module, args: tuple, what: str) -> ExportedProgram:
@@ -447,7 +451,7 @@ class _Import:
             return LossSpec("custom", None, None)
         if self.loss != "cross_entropy":
             return LossSpec(self.loss, None, None)
-        logits = _returned(self.programs.predict)[0] if self.programs.predict else self.programs.outputs[0]
+        logits = self.programs.outputs[0]
         return LossSpec(self.loss, int(logits.shape[1 if logits.dim() > 1 else 0]), IGNORE_INDEX)
 
 
