@@ -27,6 +27,7 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.tirx import IndexMap
 
+from tvmtrain.schedules import transposing
 from tvmtrain.schedules.blocks import FAILURES, Access, Block, describe, merged
 from tvmtrain.schedules.decisions import DEFAULT, Decisions
 from tvmtrain.schedules.interleave import interleave, residues_together
@@ -53,8 +54,6 @@ from tvmtrain.targets import Device
 LARGEST_TAPS = (128, 32, 512)
 # Bytes that the partial sums of one kernel may take.
 LARGEST_PARTIAL = 4 * 2**20
-# Rows read at once by a transposed copy: a small map's rows are a power of two apart, and no cache keeps more than 8 such.
-LINE = 8
 
 Template = Callable[[Schedule, Block, Device, Decisions], bool]
 
@@ -75,6 +74,8 @@ def decided(sch: Schedule, device: Device, decisions: Decisions) -> Schedule:
     for block in sorted(blocks, key=lambda b: not b.reduction and b.strides is None):
         if _alone(sch, block.name):
             sch = _fit(sch, block, device, decisions)
+    with suppress(*FAILURES):
+        transposing.shuffle(sch)
     return sch
 
 
@@ -178,13 +179,17 @@ def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions, step
     sch.reorder(*outer, *reductions, *inner)
     counts = [extent_of(sch, loop) for loop in outer]
     shared, private = _share(sch, block, axes, counts, _cores(device, decisions)) if block.volume >= PARALLEL else (0, [])
+    by_rows = [] if decisions.order else [each for each in _read_by_rows(sch, block, shape) if each not in private]
     outer = _parallel(sch, outer, shared, steps)
-    copies = [copied for producer in private for copied in _bring(sch, producer, outer[0])]
+    copies = [(copied, outer[0]) for producer in private for copied in _bring(sch, producer, outer[0], device)]
     if not private and decisions.order == 0 and len(outer) > len(shape.rows):
         outer = bring_strips(sch, block, shape, outer, device)
+    for producer in by_rows:
+        sch.compute_at(sch.get_sblock(producer), outer[-1])
+        copies.append((producer, outer[-1]))
     _finish_in(sch, rv, epilogue, outer[-1] if outer else None, device)
-    for copied in copies:
-        fill_then_copy(sch, copied, outer[0])
+    for copied, at in copies:
+        fill_then_copy(sch, copied, at)
     for loop in _taps(sch, reductions, inner, LARGEST_TAPS[decisions.taps]):
         sch.unroll(loop)
     keep_in_registers(sch, rv, inner, reductions[0])
@@ -278,10 +283,16 @@ def _private(sch: Schedule, block: Block, axes: Sequence[int]) -> list[str]:
     return own
 
 
-def _bring(sch: Schedule, producer: str, at: LoopRV) -> list[str]:
+def _bring(sch: Schedule, producer: str, at: LoopRV, device: Device) -> list[str]:
     """Copy what a step of the loop ``at`` reads; the names of the padded copies."""
     rv = sch.get_sblock(producer)
-    across = _transposed(known(sch, rv))
+    block = known(sch, rv)
+    across = transposing.across(block)
+    if transposing.in_registers(block):
+        out = transposing.rows_first(sch, producer)
+        sch.compute_at(out, at)
+        transposing.transpose(sch, producer, loops_in(sch, out, at), device)
+        return []
     sch.compute_at(rv, at)
     if producer != "residues":
         if across is not None:
@@ -297,6 +308,22 @@ def _bring(sch: Schedule, producer: str, at: LoopRV) -> list[str]:
     return names
 
 
+def _read_by_rows(sch: Schedule, block: Block, shape: Tile) -> list[str]:
+    """Producers of what one tile of rows alone reads, as scalars."""
+    rows = [axis for axis, size in shape.rows if size > 1]
+    if block.extents[shape.axis] != shape.columns * shape.lanes or not rows:
+        return []
+    found = []
+    for rv in sch.get_producers(sch.get_sblock(block.name)):
+        producer = describe(sch, rv)
+        if producer is None or producer.reduction or producer.kept or len(sch.get_consumers(rv)) > 1:
+            continue
+        access = next(r for r in block.reads if r.buffer.same_as(producer.write.buffer))
+        if access.strides[shape.axis] == 0 and all(access.strides[row] for row in rows):
+            found.append(producer.name)
+    return found
+
+
 # --- What follows a reduction -------------------------------------------------------------------------------------------------
 
 
@@ -309,7 +336,7 @@ def _epilogue(sch: Schedule, block: Block) -> tuple[SBlockRV | None, bool]:
     if _in_order(after, access[0]):
         cut = bool(after.extents) and after.extents[-1] < int(access[0].buffer.shape[-1])
         return sch.get_sblock(after.name), cut
-    return _merged_epilogue(sch, after, access[0]), False
+    return _blocked_epilogue(sch, after, access[0]) or _merged_epilogue(sch, after, access[0]), False
 
 
 def _in_order(after: Block, access: Access) -> bool:
@@ -335,6 +362,23 @@ def _merged_epilogue(sch: Schedule, after: Block, access: Access) -> SBlockRV | 
     rv = sch.get_sblock(after.name)
     merge = IndexMap.from_func(lambda *i: [*i[:-2], i[-2] * width + i[-1]], ndim=len(after.extents), index_dtype="int64")
     sch.transform_block_layout(rv, merge)
+    return rv
+
+
+def _blocked_epilogue(sch: Schedule, after: Block, access: Access) -> SBlockRV | None:
+    """A consumer over (o, c) of results over (.., o, c // b, c % b): channels in blocks, as they are read channels last."""
+    sizes = [int(d) for d in access.buffer.shape]
+    wide = [(axis, extent) for axis, extent in enumerate(after.extents) if extent > 1]
+    if len(wide) != 2 or len(sizes) < 3 or sizes[-3:] != [wide[0][1], wide[1][1] // sizes[-1], sizes[-1]]:
+        return None
+    (filters, _), (channels, _), block = *wide, sizes[-1]
+    if prod(sizes[:-3]) > 1 or [access.strides[filters], access.strides[channels]] != [prod(sizes[-2:]), 1]:
+        return None
+    rv = sch.get_sblock(after.name)
+    blocked = IndexMap.from_func(
+        lambda *i: [i[filters], i[channels] // block, i[channels] % block], ndim=len(after.extents), index_dtype="int64"
+    )
+    sch.transform_block_layout(rv, blocked)
     return rv
 
 
@@ -528,7 +572,10 @@ def sweep(sch: Schedule, block: Block, device: Device, decisions: Decisions) -> 
         if width > 1:
             sch.vectorize(lane)
         head = [*head, part]
-    elif not block.reduction and (across := _transposed(block)) is not None:
+    elif not block.reduction and transposing.in_registers(block):
+        *head, place, last = sch.get_loops(transposing.rows_first(sch, block.name))
+        head.append(transposing.transpose(sch, block.name, (place, last), device))
+    elif not block.reduction and (across := transposing.across(block)) is not None:
         line, lane = _transpose(sch, loops[across:])
         sch.vectorize(lane)
         head = [*loops[:across], line]
@@ -537,17 +584,9 @@ def sweep(sch: Schedule, block: Block, device: Device, decisions: Decisions) -> 
     return bool(head)
 
 
-def _transposed(block: Block) -> int | None:
-    """The axis along which a copy reads neighbours, if it writes them along the last axis."""
-    last = len(block.extents) - 1
-    if last < 1 or block.write.strides[last] != 1 or block.extents[last] % LINE:
-        return None
-    return next((a for a in range(last) if block.extents[a] > 1 and {r.strides[a] for r in block.reads} - {0} == {1}), None)
-
-
 def _transpose(sch: Schedule, loops: Sequence[LoopRV]) -> tuple[LoopRV, LoopRV]:
-    """Write ``LINE`` neighbours at a time, and read on along their rows while these are in the nearest cache."""
-    line, lane = sch.split(loops[-1], factors=[None, LINE])
+    """Write ``ROWS`` neighbours at a time, and read on along their rows while these are in the nearest cache."""
+    line, lane = sch.split(loops[-1], factors=[None, transposing.ROWS])
     sch.reorder(line, *loops[:-1], lane)
     return line, lane
 

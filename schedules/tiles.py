@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import combinations, product
-from math import prod
+from math import gcd, prod
 
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
@@ -18,8 +18,10 @@ from tvmtrain.targets import Device
 PARALLEL = 16384
 # Tiles of up to this many results along one axis; more registers than any processor has would be needed beyond.
 LARGEST_TILE = 16
+# Lines of one set of a nearest cache.
+WAYS = 8
 # Statements to which the code that follows a tile may be unrolled.
-LARGEST_EPILOGUE = 64
+LARGEST_EPILOGUE = 128
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,17 @@ def register_tile(block: Block, device: Device, whole: bool, rank: int = 0) -> T
     scalars = [a for a in others if len(block.reads) > 1 and any(r.strides[a] == 0 for r in block.reads)]
     count = block.extents[axis] // width
     columns = [count] if whole else divisors(count, 4)
-    sizes = {a: divisors(block.extents[a], LARGEST_TILE if reusing else 4) for a in (reusing or scalars[:1])}
+    most = LARGEST_TILE if reusing else 4
+    sizes = {a: divisors(block.extents[a], min(most, _side_by_side(block, axis, a, device))) for a in (reusing or scalars[:1])}
     tiles = _tiles(Tile(axis, width, 1, ()), columns, sizes, device.vector_registers)
     return tiles[rank % len(tiles)] if tiles else None
+
+
+def _side_by_side(block: Block, axis: int, row: int, device: Device) -> int:
+    """How many rows' scalars stay in the nearest cache while they are read on: of rows a power of two apart only its few ways' lines."""
+    way = device.caches.l1 // WAYS
+    steps = [4 * stride for r in block.reads if (stride := r.strides[row]) and not r.strides[axis]]
+    return min((WAYS * max(1, way // gcd(step, way)) for step in steps), default=LARGEST_TILE)
 
 
 def _tiles(plain: Tile, widths: Sequence[int], sizes: Mapping[int, Sequence[int]], registers: int) -> list[Tile]:

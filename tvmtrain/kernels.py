@@ -107,7 +107,7 @@ def _mix_channels(x: te.Tensor, weight: Callable, outputs: int, name: str, gathe
     if gather and area % ROW and area >= WIDE_MAP:
         return _mix_lines(x, weight, outputs, name)
     # A strip has two vectors, the width of a good register tile.
-    if gather and area % ROW and not area % RUN and area > ROW and batch * area % (2 * ROW) == 0:
+    if gather and (area % ROW or area == 2 * ROW) and not area % RUN and area > ROW and batch * area % (2 * ROW) == 0:
         return _mix_runs(x, weight, outputs, name)
     if area % ROW == 0 or not gather:
         product = te.compute(
@@ -438,11 +438,14 @@ def conv2d_wgrad(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
 def _channels_last(x: te.Tensor, size: tuple[int, int], before: tuple[int, int], channels: int) -> te.Tensor:
     """x [N, C, H, W], padded in its places and up to ``channels``, as [channels/b, N, H', W', b]: b neighbours fill a cache line."""
     block = next((b for b in (4 * ROW, 6 * ROW, 2 * ROW) if channels % b == 0 and channels > 6 * ROW), channels)
-    return te.compute(
-        (channels // block, shape_of(x)[0], *size, block),
-        lambda i, n, y, v, c: guarded(x, n, i * block + c, y - before[0], v - before[1]),
-        name="channels_last",
-    )
+    batch, *whole = shape_of(x)
+    inside = whole == [channels, *size]
+
+    def place(i: Any, n: Any, y: Any, v: Any, c: Any) -> Any:
+        at = (n, i * block + c, y - before[0], v - before[1])
+        return x(*at) if inside else guarded(x, *at)
+
+    return te.compute((channels // block, batch, *size, block), place, name="channels_last")
 
 
 def _reached(conv: _Conv) -> tuple[int, int]:

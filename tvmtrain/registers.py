@@ -20,8 +20,8 @@ from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipelin
 PIPELINE = "tvmtrain"
 # An annotation of TVM's: leave this buffer to LLVM.
 LEFT_ALONE = "disable_lower_builtin"
-# Bytes of results in registers, and of copies that a core makes for itself; what is larger stays in the pool.
-LARGEST = {"local": 1024, "global": 16384}
+# Bytes of results in registers (AVX-512 has 32 of 64 bytes), and of copies that a core makes for itself; what is larger stays in the pool.
+LARGEST = {"local": 2048, "global": 16384}
 
 
 @module_pass(opt_level=0, name="KeepInRegisters")
