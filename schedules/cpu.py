@@ -309,19 +309,18 @@ def _bring(sch: Schedule, producer: str, at: LoopRV, device: Device) -> list[str
 
 
 def _read_by_rows(sch: Schedule, block: Block, shape: Tile) -> list[str]:
-    """Producers of what one tile of rows alone reads, as scalars."""
-    rows = [axis for axis, size in shape.rows if size > 1]
-    if block.extents[shape.axis] != shape.columns * shape.lanes or not rows:
-        return []
+    """Producers of numbers each of which one tile of rows alone reads, as scalars, one for each step of the reduction."""
     found = []
+    others = [axis for axis, extent in enumerate(block.extents) if axis != shape.axis and extent > 1]
     for rv in sch.get_producers(sch.get_sblock(block.name)):
         producer = describe(sch, rv)
         if producer is None or producer.reduction or producer.kept or len(sch.get_consumers(rv)) > 1:
             continue
         access = next(r for r in block.reads if r.buffer.same_as(producer.write.buffer))
-        if access.strides[shape.axis] == 0 and all(access.strides[row] for row in rows):
+        once = producer.volume == prod(block.extents[axis] for axis in others)
+        if once and access.strides[shape.axis] == 0 and all(access.strides[axis] for axis in others):
             found.append(producer.name)
-    return found
+    return found if block.extents[shape.axis] == shape.columns * shape.lanes else []
 
 
 # --- What follows a reduction -------------------------------------------------------------------------------------------------
