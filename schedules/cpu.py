@@ -165,7 +165,7 @@ def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions, step
     steps: how many of the steps that the cores share are one of their tasks.
     """
     rv = sch.get_sblock(block.name)
-    epilogue, cut = _epilogue(sch, block) if block.reduction else (None, False)
+    epilogue, cut = _epilogue(sch, block, device) if block.reduction else (None, False)
     shape = register_tile(block, device, cut, decisions.tile) if block.reduction else None
     if shape is None and cut:
         epilogue, shape = None, register_tile(block, device, False, decisions.tile)
@@ -326,7 +326,7 @@ def _read_by_rows(sch: Schedule, block: Block, shape: Tile) -> list[str]:
 # --- What follows a reduction -------------------------------------------------------------------------------------------------
 
 
-def _epilogue(sch: Schedule, block: Block) -> tuple[SBlockRV | None, bool]:
+def _epilogue(sch: Schedule, block: Block, device: Device) -> tuple[SBlockRV | None, bool]:
     """The one block that reads the results, if it does so in the order in which they are made; and whether it cuts rows short."""
     after = one_consumer(sch, block)
     access = [r for r in after.reads if r.buffer.same_as(block.write.buffer)] if after and not after.reduction else []
@@ -335,7 +335,7 @@ def _epilogue(sch: Schedule, block: Block) -> tuple[SBlockRV | None, bool]:
     if _in_order(after, access[0]):
         cut = bool(after.extents) and after.extents[-1] < int(access[0].buffer.shape[-1])
         return sch.get_sblock(after.name), cut
-    return _blocked_epilogue(sch, after, access[0]) or _merged_epilogue(sch, after, access[0]), False
+    return _blocked_epilogue(sch, after, access[0], device) or _merged_epilogue(sch, after, access[0]), False
 
 
 def _in_order(after: Block, access: Access) -> bool:
@@ -364,11 +364,19 @@ def _merged_epilogue(sch: Schedule, after: Block, access: Access) -> SBlockRV | 
     return rv
 
 
-def _blocked_epilogue(sch: Schedule, after: Block, access: Access) -> SBlockRV | None:
-    """A consumer over (o, c) of results over (.., o, c // b, c % b): channels in blocks, as they are read channels last."""
+def _blocked_epilogue(sch: Schedule, after: Block, access: Access, device: Device) -> SBlockRV | None:
+    """A consumer over (o, c) of results over (.., o, c // b, c % b): channels in blocks, as they are read channels last.
+
+    Of more than a cache holds, such pieces arrive later than if they are read on in a loop of their own.
+    """
     sizes = [int(d) for d in access.buffer.shape]
     wide = [(axis, extent) for axis, extent in enumerate(after.extents) if extent > 1]
-    if len(wide) != 2 or len(sizes) < 3 or sizes[-3:] != [wide[0][1], wide[1][1] // sizes[-1], sizes[-1]]:
+    if (
+        len(wide) != 2
+        or len(sizes) < 3
+        or 4 * prod(sizes) > device.caches.l2
+        or sizes[-3:] != [wide[0][1], wide[1][1] // sizes[-1], sizes[-1]]
+    ):
         return None
     (filters, _), (channels, _), block = *wide, sizes[-1]
     if prod(sizes[:-3]) > 1 or [access.strides[filters], access.strides[channels]] != [prod(sizes[-2:]), 1]:
@@ -441,7 +449,7 @@ def chain(sch: Schedule, product: Block, reader: Block, device: Device, decision
     if not tile(sch, reader, device, replace(decisions, tile=0, grain=0), channels):
         raise ValueError("results that do not lie side by side")
     rv = sch.get_sblock(product.name)
-    end, _ = _epilogue(sch, product)
+    end, _ = _epilogue(sch, product, device)
     if end is None:
         raise ValueError("results that are not read in their order")
     task = sch.get_loops(sch.get_consumers(end)[0])[0]

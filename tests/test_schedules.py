@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -18,8 +19,9 @@ from tvm.relax import op as R
 from tvm.relax.op.grad import max_pool2d_backward
 from tvm.s_tir import Schedule
 
-from tvmtrain import filtering, lowering, operators, schedules, targets
+from tvmtrain import filtering, lowering, operators, registers, schedules, targets
 from tvmtrain.schedules.blocks import FAILURES
+from tvmtrain.targets import Device
 
 rng = np.random.default_rng(0)
 
@@ -35,6 +37,20 @@ def softmax(x: np.ndarray, axis: int) -> np.ndarray:
 
 def normalized(x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
     return (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + 1e-5)
+
+
+AVX2 = targets.load("x86-64-v3")
+AVX512 = replace(AVX2, vector_bits=512, vector_registers=32, caches=replace(AVX2.caches, l2=2**20))
+
+
+def updated(x: relax.Expr, w: relax.Expr, gy: relax.Expr) -> relax.Expr:
+    """The weight of a pointwise convolution of relu(x) after a step of SGD."""
+    gradient = operators.conv2d_wgrad(R.nn.conv2d(R.nn.relu(x), w), gy)
+    return R.subtract(w, R.multiply(gradient, relax.const(0.125)))
+
+
+def updated_in_numpy(x: np.ndarray, w: np.ndarray, gy: np.ndarray) -> np.ndarray:
+    return w - 0.125 * np.einsum("nchw,nohw->oc", np.maximum(x, 0), gy)[..., None, None]
 
 
 CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
@@ -81,6 +97,16 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[tuple[int, 
         lambda x, w, s: np.maximum(np.einsum("nchw,oc->nohw", x, w[:, :, 0, 0]) + s, 0),
         ((4, 23, 1, 36), (26, 23, 1, 1), (26, 1, 1)),
     ),
+    "weight, blocks of channels": (updated, updated_in_numpy, ((4, 96, 8, 8), (24, 96, 1, 1), (4, 24, 8, 8))),
+    "weight, 4x4": (updated, updated_in_numpy, ((3, 64, 4, 4), (40, 64, 1, 1), (3, 40, 4, 4))),
+    "weight, over filters": (updated, updated_in_numpy, ((2, 80, 32, 32), (24, 80, 1, 1), (2, 24, 32, 32))),
+    "weight, all filters in a tile": (updated, updated_in_numpy, ((2, 96, 32, 32), (16, 96, 1, 1), (2, 16, 32, 32))),
+    "weight, no whole tiles": (updated, updated_in_numpy, ((2, 37, 7, 7), (19, 37, 1, 1), (2, 19, 7, 7))),
+    "pointwise, 4x4": (
+        lambda x, w, s: R.nn.relu(R.add(R.nn.conv2d(x, w), s)),
+        lambda x, w, s: np.maximum(np.einsum("nchw,oc->nohw", x, w[:, :, 0, 0]) + s, 0),
+        ((8, 48, 4, 4), (40, 48, 1, 1), (40, 1, 1)),
+    ),
     "matmul, then more": (
         lambda a, b, c, d: R.add(R.nn.relu(R.add(R.matmul(a, b), c)), d),
         lambda a, b, c, d: np.maximum(a @ b + c, 0) + d,
@@ -126,9 +152,9 @@ def test_numbers_stay_the_same(name: str) -> None:
     close(got, np.asarray(in_numpy(*(a.astype("float64") for a in arrays))))
 
 
-def scheduled(make: Callable[..., relax.Expr], *shapes: tuple[int, ...], device: str = "x86-64-v3") -> str:
+def scheduled(make: Callable[..., relax.Expr], *shapes: tuple[int, ...], device: Device = AVX2) -> str:
     """The scheduled loops of the one kernel that ``make`` becomes."""
-    lowered = lowering.lower(module(make, *(array(*s) for s in shapes)), targets.load(device))
+    lowered = lowering.lower(module(make, *(array(*s) for s in shapes)), device)
     (kernel,) = [f for f in lowered.functions.values() if isinstance(f, tirx.PrimFunc)]
     return kernel.script()
 
@@ -160,6 +186,43 @@ def test_strips_are_brought_together() -> None:
     assert loops, "eight strips of two vectors for each of 96 channels"
     few = scheduled(R.nn.conv2d, (4, 16, 64, 64), (32, 16, 1, 1))
     assert "for o_0, j_0_1 in T.grid(T.int64(8), T.int64(32))" in few, "each tile of rows writes runs of 32 strips"
+
+
+def test_copies_across_rows_are_shuffled_in_registers() -> None:
+    shapes = (8, 96, 8, 8), (24, 96, 1, 1), (8, 24, 8, 8)
+    assert "T.Shuffle" in scheduled(updated, *shapes)
+    assert "T.Shuffle" in scheduled(updated, *shapes, device=targets.load("raspberry-pi-4b"))
+    assert "T.Shuffle" not in scheduled(updated, (8, 96, 7, 7), (24, 96, 1, 1), (8, 24, 7, 7)), "rows of seven"
+
+
+def test_a_small_weight_is_updated_as_soon_as_its_gradient_is_there() -> None:
+    assert scheduled(updated, (8, 96, 8, 8), (24, 96, 1, 1), (8, 24, 8, 8)).count("T.parallel") == 1
+    assert scheduled(updated, (8, 640, 4, 4), (320, 640, 1, 1), (8, 320, 4, 4)).count("T.parallel") == 2, "more than the cache"
+
+
+def test_rows_that_one_tile_reads_are_made_there() -> None:
+    text = scheduled(updated, (2, 96, 32, 32), (16, 96, 1, 1), (2, 16, 32, 32))
+    first, *_ = text.split('T.sblock("pad")')
+    assert "T.parallel" in first, "not a map of its own"
+    assert 'T.sblock("wgrad_init")' not in first
+
+
+def test_rows_a_power_of_two_apart_are_few_enough_for_the_nearest_cache() -> None:
+    """Of a 32x32 map, 4 KB apart: eight of them are all that one set of the cache holds."""
+    text = scheduled(updated, (8, 16, 32, 32), (96, 16, 1, 1), (8, 96, 32, 32), device=AVX512)
+    assert "in T.unroll(T.int64(8))" in text
+    assert "in T.unroll(T.int64(16))" not in text
+
+
+def test_maps_of_one_vector_lie_side_by_side() -> None:
+    shapes = (8, 48, 4, 4), (40, 48, 1, 1)
+    assert "T.int64(128)" in scheduled(R.nn.conv2d, *shapes, device=AVX512), "a line of all images"
+    assert "T.int64(128)" not in scheduled(R.nn.conv2d, *shapes), "two vectors each"
+
+
+@pytest.mark.parametrize("device", [AVX512, *map(targets.load, ("x86-64-v3", "aarch64", "raspberry-pi-3b", "jetson-nano-cpu"))])
+def test_every_register_may_hold_results(device: Device) -> None:
+    assert device.vector_registers * device.vector_bits // 8 <= registers.LARGEST["local"]
 
 
 def test_primitives_are_called_without_a_check_in_python() -> None:

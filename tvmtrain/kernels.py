@@ -36,6 +36,7 @@ from tvmtrain.strided import (
     window,
     zero,
 )
+from tvmtrain.targets import Device
 
 # Fewer places than this, of a whole batch, are read from the cache for every tile of a weight's gradient.
 LARGE_MAP = 4096
@@ -44,7 +45,7 @@ LARGEST_PART, LARGEST_PARTIAL = 2**15, 2**20
 # Numbers of an image that may be transposed without leaving the cache for long.
 NEAR_IMAGE = 2**16
 # Terms that are summed up in one go; sums into which deeper ones are split.
-DEEPEST, MOST_LAYERS = 2560, 8
+DEEPEST, MOST_LAYERS = 1152, 16
 # Taps of a kernel whose products may be one formula.
 LARGEST_FORMULA = 49
 # Places of a map from which gathering what its taps read costs more than it saves.
@@ -100,14 +101,15 @@ def _crop(x: te.Tensor, shape: Sequence[int], name: str) -> te.Tensor:
 # --- Products over channels -------------------------------------------------------------------------------------------------
 
 
-def _mix_channels(x: te.Tensor, weight: Callable, outputs: int, name: str, gather: bool) -> te.Tensor:
-    """y[n, o, y, x] = sum over c of weight(o, c) * x[n, c, y, x]; gather: small maps side by side."""
+def _mix_channels(x: te.Tensor, weight: Callable, outputs: int, name: str, gather: int) -> te.Tensor:
+    """y[n, o, y, x] = sum over c of weight(o, c) * x[n, c, y, x]; gather: small maps side by side, as for ``conv2d``."""
     batch, channels, height, width = shape_of(x)
     area, c = height * width, te.reduce_axis((0, channels), "c")
     if gather and area % ROW and area >= WIDE_MAP:
         return _mix_lines(x, weight, outputs, name)
     # A strip has two vectors, the width of a good register tile.
-    if gather and (area % ROW or area == 2 * ROW) and not area % RUN and area > ROW and batch * area % (2 * ROW) == 0:
+    alone = area % ROW == 0 and area > gather
+    if gather and not alone and not area % RUN and area > ROW and batch * area % (2 * max(ROW, gather)) == 0:
         return _mix_runs(x, weight, outputs, name)
     if area % ROW == 0 or not gather:
         product = te.compute(
@@ -254,8 +256,11 @@ def _padded(x: te.Tensor, conv: _Conv, width: int) -> Callable:
     return lambda n, c, row, kx, v: residues[n, c, row, kx * step % stride, v + kx * step // stride]
 
 
-def conv2d(x: te.Tensor, w: Callable, conv: _Conv, gather: bool = True) -> te.Tensor:
-    """y = conv(x, w), for weights that are read as w(o, c, ky, kx); gather: on small maps, what the taps read."""
+def conv2d(x: te.Tensor, w: Callable, conv: _Conv, gather: int = ROW) -> te.Tensor:
+    """y = conv(x, w), for weights that are read as w(o, c, ky, kx).
+
+    gather: bring what the taps read on small maps side by side, for vectors of so many numbers; 0: never.
+    """
     if conv.pointwise:
         return _mix_channels(_subsampled(x, conv), lambda o, c: w(o, c, 0, 0), conv.filters, "conv2d", gather)
     rows, columns = conv.rows, conv.columns
@@ -298,7 +303,7 @@ def _grouped(product: Callable, batch: int, groups: int, each: int, place: tuple
 # --- Gradient of the input --------------------------------------------------------------------------------------------------
 
 
-def conv2d_dgrad(gy: te.Tensor, w: te.Tensor, conv: _Conv, gather: bool = True) -> te.Tensor:
+def conv2d_dgrad(gy: te.Tensor, w: te.Tensor, conv: _Conv, gather: int = ROW) -> te.Tensor:
     """dX, one convolution of dY for each residue of the input places modulo the stride: no tap is tried in vain."""
     if (
         conv.pointwise
@@ -581,7 +586,7 @@ def legalize_running_sum(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr
 # --- Registration -----------------------------------------------------------------------------------------------------------
 
 
-def _legalize_conv2d(bb: relax.BlockBuilder, call: relax.Call, gather: bool = True) -> relax.Expr:
+def _legalize_conv2d(bb: relax.BlockBuilder, call: relax.Call, gather: int = ROW) -> relax.Expr:
     layouts = (call.attrs.data_layout, call.attrs.kernel_layout, call.attrs.out_layout)
     if layouts != ("NCHW", "OIHW", "NCHW"):
         return _relax_conv2d(bb, call)
@@ -590,18 +595,18 @@ def _legalize_conv2d(bb: relax.BlockBuilder, call: relax.Call, gather: bool = Tr
     return bb.call_te(lambda a, b: conv2d(a, lambda *at: b(*at), conv, gather), x, w, primfunc_name_hint="conv2d")
 
 
-def _legalize_packed(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+def _legalize_packed(bb: relax.BlockBuilder, call: relax.Call, gather: int = ROW) -> relax.Expr:
     x, packed = call.args
     tiles, *inner, tile = shape_of(packed)
     conv = _conv(call.attrs, shape_of(x), [tiles * tile, *inner], shape_of(call))
 
     def kernel(a: te.Tensor, b: te.Tensor) -> te.Tensor:
-        return conv2d(a, lambda o, c, ky, kx: b[o // tile, c, ky, kx, o % tile], conv)
+        return conv2d(a, lambda o, c, ky, kx: b[o // tile, c, ky, kx, o % tile], conv, gather)
 
     return bb.call_te(kernel, x, packed, primfunc_name_hint="conv2d_packed")
 
 
-def _legalize_dgrad(bb: relax.BlockBuilder, call: relax.Call, gather: bool = True) -> relax.Expr:
+def _legalize_dgrad(bb: relax.BlockBuilder, call: relax.Call, gather: int = ROW) -> relax.Expr:
     gy, w = call.args
     conv = _conv(call.attrs, shape_of(call), shape_of(w), shape_of(gy))
     return bb.call_te(lambda a, b: conv2d_dgrad(a, b, conv, gather), gy, w, primfunc_name_hint="conv2d_dgrad")
@@ -619,10 +624,17 @@ register_legalize(DGRAD, _legalize_dgrad)
 register_legalize(WGRAD, _legalize_wgrad)
 tvm.ir.register_op_attr("relax.nn.conv2d", "FLegalize", _legalize_conv2d, OVERRIDE)
 
+
+def legalization(device: Device) -> dict[str, Callable[[relax.BlockBuilder, relax.Call], relax.Expr]]:
+    """How ``LegalizeOps`` lowers convolutions for a processor."""
+    ways = {"relax.nn.conv2d": _legalize_conv2d, PACKED_CONV: _legalize_packed, DGRAD: _legalize_dgrad}
+    return {name: partial(way, gather=device.lanes()) for name, way in ways.items()}
+
+
 # On GPUs, threads read what taps have in common from shared memory; and TVM's running sum has the threads of a warp read what others
 # may not have written yet.
 FOR_GPUS = {
-    "relax.nn.conv2d": partial(_legalize_conv2d, gather=False),
-    DGRAD: partial(_legalize_dgrad, gather=False),
+    "relax.nn.conv2d": partial(_legalize_conv2d, gather=0),
+    DGRAD: partial(_legalize_dgrad, gather=0),
     "relax.cumsum": legalize_running_sum,
 }

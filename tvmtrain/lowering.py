@@ -49,7 +49,8 @@ def schedule(mod: tvm.IRModule, device: Device, *, tuned: bool = True) -> tvm.IR
 
 def _legalize(device: Device) -> list[tvm.ir.transform.Pass]:
     if device.gpu is None:
-        return [relax.backend.DispatchSortScan(), relax.transform.LegalizeOps(norm_kernels.legalization(device))]
+        ours = kernels.legalization(device) | norm_kernels.legalization(device)
+        return [relax.backend.DispatchSortScan(), relax.transform.LegalizeOps(ours)]
     return [relax.transform.LegalizeOps(kernels.FOR_GPUS | pool_kernels.FOR_GPUS | filtering.FOR_GPUS)]
 
 

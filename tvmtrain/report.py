@@ -166,20 +166,19 @@ def saved(found: Flow) -> set[relax.Var]:
     read = {found.root(var) for late in found.gradient for var in relax.analysis.free_vars(found.values[late])}
     kept = {var for var in read if var in found.forward}
     small: dict[relax.Var, set[relax.Var]] = {}
+    made_of: dict[relax.Var, set[relax.Var]] = {}
     for var in found.values:
+        if var in found.early:
+            # Values are in the order in which they are made: those that this one reads are known.
+            direct = relax.analysis.free_vars(found.values[var])
+            made_of[var] = {*direct}.union(*(made_of[v] for v in direct if v in made_of))
         if var in read and var in found.early:
-            sources = {found.root(v) for v in _ancestors(found.values, [var]) & found.forward if _direct(found, var, v)}
+            sources = {found.root(v) for v in made_of[var] & found.forward}
             if bytes_of(var.ty) < sum(bytes_of(source.ty) for source in sources - kept):
                 small[var] = sources
             else:
                 kept |= sources
     return kept | {var for var, sources in small.items() if not sources <= kept}
-
-
-def _direct(found: Flow, var: relax.Var, source: relax.Var) -> bool:
-    """Whether ``var`` reads ``source`` itself, or through early values alone."""
-    read = relax.analysis.free_vars(found.values[var])
-    return source in read or any(v in found.early and _direct(found, v, source) for v in read)
 
 
 def _name(call: relax.Call) -> str:
