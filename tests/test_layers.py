@@ -62,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
         *("summarize", "targets"),
     },
     "strided": {"schedules"},
-    "kernels": {"operators", "schedules", "strided"},
+    "kernels": {"operators", "schedules", "strided", "targets"},
     "pool_kernels": {"schedules", "strided"},
     "norm_kernels": {"operators", "schedules", "targets"},
     "registers": set(),
