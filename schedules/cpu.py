@@ -6,7 +6,8 @@
 1. side_by_side: a product over channels of maps that are no whole vectors. Some filters' results for all places stay in the cache.
 2. pooled: sums of rows of a map of which others take sums of neighbours (patches). A row at a time stays in the cache.
 3. tile: a reduction whose results lie side by side (convolutions, matrix products, column sums). A tile of results stays in
-   registers while the reduction runs; what is computed from the results is written at once.
+   registers while the reduction runs; what is computed from the results is written at once. Copies of what a task or a tile of rows
+   alone reads are made there, those across rows in registers (``schedules.transposing``).
 4. lanes: a reduction along memory (row sums, softmax). Each lane of a vector has a partial sum.
 5. interleave: another formula for each residue of a place modulo a stride. All residues of a row in one loop.
 6. sweep: one result for each place (elementwise, padding, copies).
@@ -74,7 +75,7 @@ def decided(sch: Schedule, device: Device, decisions: Decisions) -> Schedule:
     for block in sorted(blocks, key=lambda b: not b.reduction and b.strides is None):
         if _alone(sch, block.name):
             sch = _fit(sch, block, device, decisions)
-    with suppress(*FAILURES):
+    with suppress(*FAILURES):  # a kernel of plain statements has no block to look into
         transposing.shuffle(sch)
     return sch
 
@@ -179,14 +180,16 @@ def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions, step
     sch.reorder(*outer, *reductions, *inner)
     counts = [extent_of(sch, loop) for loop in outer]
     shared, private = _share(sch, block, axes, counts, _cores(device, decisions)) if block.volume >= PARALLEL else (0, [])
-    by_rows = [] if decisions.order else [each for each in _read_by_rows(sch, block, shape) if each not in private]
+    by_rows = [] if decisions.order else [each for each in _read_by_rows(sch, block, shape, device) if each not in private]
     outer = _parallel(sch, outer, shared, steps)
-    copies = [(copied, outer[0]) for producer in private for copied in _bring(sch, producer, outer[0], device)]
+    lines = shape.columns * shape.lanes % transposing.ROWS == 0
+    copies = [(copied, outer[0]) for producer in private for copied in _bring(sch, producer, outer[0], device, lines)]
     if not private and decisions.order == 0 and len(outer) > len(shape.rows):
         outer = bring_strips(sch, block, shape, outer, device)
     for producer in by_rows:
-        sch.compute_at(sch.get_sblock(producer), outer[-1])
-        copies.append((producer, outer[-1]))
+        with suppress(*FAILURES):
+            sch.compute_at(sch.get_sblock(producer), outer[-1])
+            copies.append((producer, outer[-1]))
     _finish_in(sch, rv, epilogue, outer[-1] if outer else None, device)
     for copied, at in copies:
         fill_then_copy(sch, copied, at)
@@ -283,12 +286,12 @@ def _private(sch: Schedule, block: Block, axes: Sequence[int]) -> list[str]:
     return own
 
 
-def _bring(sch: Schedule, producer: str, at: LoopRV, device: Device) -> list[str]:
-    """Copy what a step of the loop ``at`` reads; the names of the padded copies."""
+def _bring(sch: Schedule, producer: str, at: LoopRV, device: Device, lines: bool) -> list[str]:
+    """Copy what a step of the loop ``at`` reads, whole ``lines`` of a transposed copy or not; the names of the padded copies."""
     rv = sch.get_sblock(producer)
     block = known(sch, rv)
-    across = transposing.across(block)
-    if transposing.in_registers(block):
+    across = transposing.across(block) if lines else None
+    if lines and transposing.in_registers(block):
         out = transposing.rows_first(sch, producer)
         sch.compute_at(out, at)
         transposing.transpose(sch, producer, loops_in(sch, out, at), device)
@@ -308,9 +311,12 @@ def _bring(sch: Schedule, producer: str, at: LoopRV, device: Device) -> list[str
     return names
 
 
-def _read_by_rows(sch: Schedule, block: Block, shape: Tile) -> list[str]:
+def _read_by_rows(sch: Schedule, block: Block, shape: Tile, device: Device) -> list[str]:
     """Producers of numbers each of which one tile of rows alone reads, as scalars, one for each step of the reduction."""
-    found = []
+    found: list[str] = []
+    size = 4 * prod(size for _, size in shape.rows) * prod(block.extents[axis] for axis in block.reductions)
+    if block.extents[shape.axis] != shape.columns * shape.lanes or size > device.caches.l2 // 2:
+        return found
     others = [axis for axis, extent in enumerate(block.extents) if axis != shape.axis and extent > 1]
     for rv in sch.get_producers(sch.get_sblock(block.name)):
         producer = describe(sch, rv)
@@ -320,7 +326,7 @@ def _read_by_rows(sch: Schedule, block: Block, shape: Tile) -> list[str]:
         once = producer.volume == prod(block.extents[axis] for axis in others)
         if once and access.strides[shape.axis] == 0 and all(access.strides[axis] for axis in others):
             found.append(producer.name)
-    return found if block.extents[shape.axis] == shape.columns * shape.lanes else []
+    return found
 
 
 # --- What follows a reduction -------------------------------------------------------------------------------------------------
@@ -382,6 +388,8 @@ def _blocked_epilogue(sch: Schedule, after: Block, access: Access, device: Devic
     if prod(sizes[:-3]) > 1 or [access.strides[filters], access.strides[channels]] != [prod(sizes[-2:]), 1]:
         return None
     rv = sch.get_sblock(after.name)
+    if len(sch.get_producers(rv)) > 1:
+        return None
     blocked = IndexMap.from_func(
         lambda *i: [i[filters], i[channels] // block, i[channels] % block], ndim=len(after.extents), index_dtype="int64"
     )

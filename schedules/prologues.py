@@ -54,7 +54,7 @@ class _Kernel(merging.Plain):
     def reading(self, position: int) -> int | None:
         """Passes over memory for making what it reads as argument ``position``: 0 where that is made on the way, None where it cannot be.
 
-        A product that reads its values one at a time, for a vector of results each, needs them in memory.
+        A product that reads its values one at a time, for a vector of results each, needs them in memory or in a cache.
         """
         if SCHEDULED in self.function.attrs or not self.blocks:
             return None

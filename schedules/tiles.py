@@ -18,8 +18,8 @@ from tvmtrain.targets import Device
 PARALLEL = 16384
 # Tiles of up to this many results along one axis; more registers than any processor has would be needed beyond.
 LARGEST_TILE = 16
-# Lines of one set of a nearest cache.
-WAYS = 8
+# Bytes after which places of a nearest cache begin anew: what lies so far apart shares a set of a few lines.
+WAY = 4096
 # Statements to which the code that follows a tile may be unrolled.
 LARGEST_EPILOGUE = 128
 
@@ -57,9 +57,8 @@ def register_tile(block: Block, device: Device, whole: bool, rank: int = 0) -> T
 
 def _side_by_side(block: Block, axis: int, row: int, device: Device) -> int:
     """How many rows' scalars stay in the nearest cache while they are read on: of rows a power of two apart only its few ways' lines."""
-    way = device.caches.l1 // WAYS
     steps = [4 * stride for r in block.reads if (stride := r.strides[row]) and not r.strides[axis]]
-    return min((WAYS * max(1, way // gcd(step, way)) for step in steps), default=LARGEST_TILE)
+    return min((device.caches.l1 // gcd(step, WAY) for step in steps), default=LARGEST_TILE)
 
 
 def _tiles(plain: Tile, widths: Sequence[int], sizes: Mapping[int, Sequence[int]], registers: int) -> list[Tile]:

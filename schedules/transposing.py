@@ -9,6 +9,7 @@ Written out as loops alone, such a copy scatters each number by itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -17,11 +18,11 @@ from tvm.s_tir import Schedule, TensorIntrin
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.script import tirx as T
 
-from tvmtrain.schedules.blocks import Block
+from tvmtrain.schedules.blocks import FAILURES, Block
 from tvmtrain.schedules.tiles import extent_of
 from tvmtrain.targets import Device
 
-# Rows read at once: a small map's rows are a power of two apart, and no cache keeps more than 8 such. Numbers of each.
+# Rows read at once: a small map's rows are a power of two apart, and caches keep few such. Numbers of each.
 ROWS, COLUMNS = 8, 4
 # The name under which TVM knows how a tile is transposed, and an annotation of the blocks that are to be. TVM 0.27 cannot copy a
 # schedule in which something was tensorized.
@@ -54,7 +55,8 @@ def rows_first(sch: Schedule, name: str) -> SBlockRV:
 def transpose(sch: Schedule, name: str, loops: Sequence[LoopRV], device: Device) -> LoopRV:
     """Order the last ``loops`` over what ``rows_first`` made, tile by tile along lines of ``ROWS``; returns the outermost."""
     *outer, place, last = loops
-    width = max(w for w in (COLUMNS, 2 * COLUMNS, 4 * COLUMNS) if extent_of(sch, place) % w == 0 and w <= device.lanes())
+    wide = [w for w in (2 * COLUMNS, 4 * COLUMNS) if extent_of(sch, place) % w == 0 and w <= device.lanes()]
+    width = max(wide, default=COLUMNS)
     line, row = sch.split(last, factors=[None, ROWS])
     run, tile, column = sch.split(place, factors=[None, width // COLUMNS, COLUMNS])
     sch.reorder(line, *outer, run, tile, column, row)
@@ -74,7 +76,8 @@ def shuffle(sch: Schedule) -> None:
     for out in sch.get_child_blocks(sch.get_sblock("root")):
         if TRANSPOSED in sch.get(out).annotations:
             sch.unannotate(out, TRANSPOSED)
-            sch.tensorize(sch.get_loops(out)[-2], _intrinsic())
+            with suppress(*FAILURES):
+                sch.tensorize(sch.get_loops(out)[-2], _intrinsic())
 
 
 @cache

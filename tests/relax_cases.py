@@ -39,9 +39,9 @@ def module(make: Callable[..., relax.Expr], *arrays: np.ndarray) -> tvm.IRModule
     return bb.get()
 
 
-def run(make: Callable[..., relax.Expr], *arrays: np.ndarray) -> list[np.ndarray]:
-    """The results of ``make``, compiled for this machine."""
-    device = _device or targets.load("host")
+def run(make: Callable[..., relax.Expr], *arrays: np.ndarray, device: Device | None = None) -> list[np.ndarray]:
+    """The results of ``make``, compiled for this machine, or for a ``device`` whose code runs here."""
+    device = device or _device or targets.load("host")
     place = tvm.cuda() if device.gpu else tvm.cpu()
     module_of = lowering.compile_module(module(make, *arrays), device)
     result = VirtualMachine(module_of, place)["main"](*[tvm.runtime.tensor(a, place) for a in arrays])

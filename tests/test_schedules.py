@@ -101,6 +101,7 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[tuple[int, 
     "weight, 4x4": (updated, updated_in_numpy, ((3, 64, 4, 4), (40, 64, 1, 1), (3, 40, 4, 4))),
     "weight, over filters": (updated, updated_in_numpy, ((2, 80, 32, 32), (24, 80, 1, 1), (2, 24, 32, 32))),
     "weight, all filters in a tile": (updated, updated_in_numpy, ((2, 96, 32, 32), (16, 96, 1, 1), (2, 16, 32, 32))),
+    "weight, 28x28": (updated, updated_in_numpy, ((4, 72, 28, 28), (24, 72, 1, 1), (4, 24, 28, 28))),
     "weight, no whole tiles": (updated, updated_in_numpy, ((2, 37, 7, 7), (19, 37, 1, 1), (2, 19, 7, 7))),
     "pointwise, 4x4": (
         lambda x, w, s: R.nn.relu(R.add(R.nn.conv2d(x, w), s)),
@@ -152,6 +153,18 @@ def test_numbers_stay_the_same(name: str) -> None:
     close(got, np.asarray(in_numpy(*(a.astype("float64") for a in arrays))))
 
 
+@pytest.mark.parametrize("cores", [2, 6])
+@pytest.mark.parametrize("bits", [128, 256, 512])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("weight", "pointwise"))])
+def test_vectors_of_any_length_give_the_same_numbers(name: str, bits: int, cores: int) -> None:
+    """LLVM makes shorter vectors of those that this machine does not have."""
+    in_relax, in_numpy, shapes = CASES[name]
+    own = np.random.default_rng(zlib.crc32(name.encode()))
+    arrays = [own.standard_normal(shape).astype("float32") for shape in shapes]
+    device = replace(targets.load("host"), vector_bits=bits, vector_registers=16 if bits == 256 else 32, cores=cores)
+    close(run(in_relax, *arrays, device=device)[0], np.asarray(in_numpy(*(a.astype("float64") for a in arrays))))
+
+
 def scheduled(make: Callable[..., relax.Expr], *shapes: tuple[int, ...], device: Device = AVX2) -> str:
     """The scheduled loops of the one kernel that ``make`` becomes."""
     lowered = lowering.lower(module(make, *(array(*s) for s in shapes)), device)
@@ -201,10 +214,25 @@ def test_a_small_weight_is_updated_as_soon_as_its_gradient_is_there() -> None:
 
 
 def test_rows_that_one_tile_reads_are_made_there() -> None:
-    text = scheduled(updated, (2, 96, 32, 32), (16, 96, 1, 1), (2, 16, 32, 32))
-    first, *_ = text.split('T.sblock("pad")')
-    assert "T.parallel" in first, "not a map of its own"
-    assert 'T.sblock("wgrad_init")' not in first
+    text = scheduled(updated, (8, 96, 32, 32), (16, 96, 1, 1), (8, 16, 32, 32))
+    (made,) = [line for line in text.splitlines() if 'T.sblock("pad")' in line]
+    first, *_ = text.split(made)
+    assert 'T.sblock("channels_last_local_o")' in first, "in the tasks"
+    assert "for i0_0 in range" in first, "in the loop over tiles"
+
+
+def test_a_weight_waits_for_what_else_its_update_reads() -> None:
+    def step(x: relax.Expr, w: relax.Expr, gy: relax.Expr, s: relax.Expr) -> relax.Expr:
+        return R.subtract(w, R.divide(operators.conv2d_wgrad(R.nn.conv2d(x, w), gy), R.sqrt(s)))
+
+    text = scheduled(step, (8, 96, 8, 8), (24, 96, 1, 1), (8, 24, 8, 8), (24, 1, 1, 1))
+    assert 'T.sblock("wgrad_init")' in text, "a tile in registers"
+
+
+def test_lines_of_eight_are_not_cut() -> None:
+    """Six cores with vectors of four share tiles of 12 channels."""
+    text = scheduled(updated, (4, 72, 28, 28), (24, 72, 1, 1), (4, 24, 28, 28), device=targets.load("jetson-orin-nano-cpu"))
+    assert "T.where" not in text
 
 
 def test_rows_a_power_of_two_apart_are_few_enough_for_the_nearest_cache() -> None:

@@ -100,7 +100,7 @@ class _Puzzle:
         self.target = lower_bound([Block(b.padded, b.first, b.last) for b in blocks])
 
     def solved(self, attempt: _Attempt) -> bool:
-        """Whether no plan is smaller by a thousandth."""
+        """Whether no plan is smaller by more than a thousandth of the lower bound."""
         return attempt.size - self.target <= self.target // 1000
 
     def attempt(self, order: list[int], gap: Gap) -> _Attempt:

@@ -108,8 +108,8 @@ def _mix_channels(x: te.Tensor, weight: Callable, outputs: int, name: str, gathe
     if gather and area % ROW and area >= WIDE_MAP:
         return _mix_lines(x, weight, outputs, name)
     # A strip has two vectors, the width of a good register tile.
-    alone = area % ROW == 0 and area > gather
-    if gather and not alone and not area % RUN and area > ROW and batch * area % (2 * max(ROW, gather)) == 0:
+    alone = area % ROW == 0 and (area > gather or batch == 1)
+    if gather and not alone and not area % RUN and area > ROW and batch * area % max(2 * ROW, gather) == 0:
         return _mix_runs(x, weight, outputs, name)
     if area % ROW == 0 or not gather:
         product = te.compute(
@@ -427,7 +427,7 @@ def _taps_of_part(w: te.Tensor, conv: _Conv, rows: Taps, columns: Taps) -> Calla
 # --- Gradient of the weight -------------------------------------------------------------------------------------------------
 
 
-def conv2d_wgrad(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
+def conv2d_wgrad(x: te.Tensor, gy: te.Tensor, conv: _Conv, gather: int = ROW) -> te.Tensor:
     """dW[o, c, ky, kx] = sum over n, y, x of dY[n, o, y, x] * X[n, c, y*stride + ky*dilation, x*stride + kx*dilation]."""
     if conv.group_in == 1:
         return _wgrad_depthwise(x, gy, conv)
@@ -436,19 +436,22 @@ def conv2d_wgrad(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
     near = image <= (NEAR_IMAGE if conv.pointwise else NEAR_IMAGE // 4)
     smaller = conv.filters * conv.rows.out * conv.columns.out < image and not near
     if conv.groups == 1 and conv.filters >= ROW and (smaller or conv.channels < ROW):
-        return _wgrad_over_filters(x, gy, conv)
-    return _wgrad_over_channels(x, gy, conv)
+        return _wgrad_over_filters(x, gy, conv, bool(gather))
+    return _wgrad_over_channels(x, gy, conv, bool(gather))
 
 
-def _channels_last(x: te.Tensor, size: tuple[int, int], before: tuple[int, int], channels: int) -> te.Tensor:
-    """x [N, C, H, W], padded in its places and up to ``channels``, as [channels/b, N, H', W', b]: b neighbours fill a cache line."""
+def _channels_last(x: te.Tensor, size: tuple[int, int], before: tuple[int, int], channels: int, plain: bool) -> te.Tensor:
+    """x [N, C, H, W], padded in its places and up to ``channels``, as [channels/b, N, H', W', b]: b neighbours fill a cache line.
+
+    plain: without a question for each number, where nothing is padded.
+    """
     block = next((b for b in (4 * ROW, 6 * ROW, 2 * ROW) if channels % b == 0 and channels > 6 * ROW), channels)
     batch, *whole = shape_of(x)
-    inside = whole == [channels, *size]
+    inside = before == (0, 0) and whole[0] == channels and size[0] <= whole[1] and size[1] <= whole[2]
 
     def place(i: Any, n: Any, y: Any, v: Any, c: Any) -> Any:
         at = (n, i * block + c, y - before[0], v - before[1])
-        return x(*at) if inside else guarded(x, *at)
+        return x(*at) if plain and inside else guarded(x, *at)
 
     return te.compute((channels // block, batch, *size, block), place, name="channels_last")
 
@@ -459,12 +462,12 @@ def _reached(conv: _Conv) -> tuple[int, int]:
     return height, width
 
 
-def _wgrad_over_channels(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
+def _wgrad_over_channels(x: te.Tensor, gy: te.Tensor, conv: _Conv, plain: bool) -> te.Tensor:
     """Vectors run over the input channels."""
     rows, columns, wide = conv.rows, conv.columns, conv.group_in
     if conv.groups > 1:
         return _wgrad_of_groups(x, gy, conv)
-    source = _channels_last(x, _reached(conv), (rows.before, columns.before), whole_vectors(wide))
+    source = _channels_last(x, _reached(conv), (rows.before, columns.before), whole_vectors(wide), plain)
     block = shape_of(source)[-1]
 
     def product(n: Any, y: Any, v: Any, ky: Any, kx: Any, o: Any, i: Any, c: Any) -> Any:
@@ -523,11 +526,11 @@ def _wgrad_of_groups(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
     return te.compute(shape, lambda o, c, ky, kx: taps[ky, kx, o, c], name="wgrad_taps")
 
 
-def _wgrad_over_filters(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
+def _wgrad_over_filters(x: te.Tensor, gy: te.Tensor, conv: _Conv, plain: bool) -> te.Tensor:
     """Vectors run over the filters."""
     rows, columns = conv.rows, conv.columns
     pad = window(x, (rows.before, columns.before), _reached(conv))
-    source = _channels_last(gy, (rows.out, columns.out), (0, 0), whole_vectors(conv.filters))
+    source = _channels_last(gy, (rows.out, columns.out), (0, 0), whole_vectors(conv.filters), plain)
     block = shape_of(source)[-1]
 
     def product(n: Any, y: Any, v: Any, c: Any, ky: Any, kx: Any, i: Any, o: Any) -> Any:
@@ -612,10 +615,10 @@ def _legalize_dgrad(bb: relax.BlockBuilder, call: relax.Call, gather: int = ROW)
     return bb.call_te(lambda a, b: conv2d_dgrad(a, b, conv, gather), gy, w, primfunc_name_hint="conv2d_dgrad")
 
 
-def _legalize_wgrad(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+def _legalize_wgrad(bb: relax.BlockBuilder, call: relax.Call, gather: int = ROW) -> relax.Expr:
     x, gy = call.args
     conv = _conv(call.attrs, shape_of(x), shape_of(call), shape_of(gy))
-    return bb.call_te(lambda a, b: conv2d_wgrad(a, b, conv), x, gy, primfunc_name_hint="conv2d_wgrad")
+    return bb.call_te(lambda a, b: conv2d_wgrad(a, b, conv, gather), x, gy, primfunc_name_hint="conv2d_wgrad")
 
 
 _relax_conv2d = tvm.ir.Op.get("relax.nn.conv2d").get_attr("FLegalize")
@@ -627,7 +630,7 @@ tvm.ir.register_op_attr("relax.nn.conv2d", "FLegalize", _legalize_conv2d, OVERRI
 
 def legalization(device: Device) -> dict[str, Callable[[relax.BlockBuilder, relax.Call], relax.Expr]]:
     """How ``LegalizeOps`` lowers convolutions for a processor."""
-    ways = {"relax.nn.conv2d": _legalize_conv2d, PACKED_CONV: _legalize_packed, DGRAD: _legalize_dgrad}
+    ways = {"relax.nn.conv2d": _legalize_conv2d, PACKED_CONV: _legalize_packed, DGRAD: _legalize_dgrad, WGRAD: _legalize_wgrad}
     return {name: partial(way, gather=device.lanes()) for name, way in ways.items()}
 
 
@@ -636,5 +639,6 @@ def legalization(device: Device) -> dict[str, Callable[[relax.BlockBuilder, rela
 FOR_GPUS = {
     "relax.nn.conv2d": partial(_legalize_conv2d, gather=0),
     DGRAD: partial(_legalize_dgrad, gather=0),
+    WGRAD: partial(_legalize_wgrad, gather=0),
     "relax.cumsum": legalize_running_sum,
 }
