@@ -17,7 +17,7 @@ A template that does not fit a block is undone; the worst that can happen is a p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from math import prod
@@ -274,16 +274,18 @@ def _private(sch: Schedule, block: Block, axes: Sequence[int]) -> list[str]:
     """Producers (padded copies) of which each step of the parallel axes reads a part of its own."""
     variables = [block.variables[a] for a in axes if block.extents[a] > 1]
     own = []
-    for rv in sch.get_producers(sch.get_sblock(block.name)):
-        producer = describe(sch, rv)
-        if producer is None or producer.reduction or len(sch.get_consumers(rv)) > 1 or not variables:
-            continue
-        access = next(r for r in block.reads if r.buffer.same_as(producer.write.buffer))
-        if in_strips(block, access):
-            continue
-        if all(any(i.same_as(v) for i in access.index) for v in variables):
+    for producer, access in _made_for(sch, block):
+        if variables and not in_strips(block, access) and all(any(i.same_as(v) for i in access.index) for v in variables):
             own.append(producer.name)
     return own
+
+
+def _made_for(sch: Schedule, block: Block) -> Iterator[tuple[Block, Access]]:
+    """What is computed, without a sum, for this block alone, and how it reads that."""
+    for rv in sch.get_producers(sch.get_sblock(block.name)):
+        producer = describe(sch, rv)
+        if producer is not None and not producer.reduction and len(sch.get_consumers(rv)) == 1:
+            yield producer, next(r for r in block.reads if r.buffer.same_as(producer.write.buffer))
 
 
 def _bring(sch: Schedule, producer: str, at: LoopRV, device: Device, lines: bool) -> list[str]:
@@ -318,13 +320,9 @@ def _read_by_rows(sch: Schedule, block: Block, shape: Tile, device: Device) -> l
     if block.extents[shape.axis] != shape.columns * shape.lanes or size > device.caches.l2 // 2:
         return found
     others = [axis for axis, extent in enumerate(block.extents) if axis != shape.axis and extent > 1]
-    for rv in sch.get_producers(sch.get_sblock(block.name)):
-        producer = describe(sch, rv)
-        if producer is None or producer.reduction or producer.kept or len(sch.get_consumers(rv)) > 1:
-            continue
-        access = next(r for r in block.reads if r.buffer.same_as(producer.write.buffer))
+    for producer, access in _made_for(sch, block):
         once = producer.volume == prod(block.extents[axis] for axis in others)
-        if once and access.strides[shape.axis] == 0 and all(access.strides[axis] for axis in others):
+        if once and not producer.kept and access.strides[shape.axis] == 0 and all(access.strides[axis] for axis in others):
             found.append(producer.name)
     return found
 

@@ -107,8 +107,8 @@ def _mix_channels(x: te.Tensor, weight: Callable, outputs: int, name: str, gathe
     area, c = height * width, te.reduce_axis((0, channels), "c")
     if gather and area % ROW and area >= WIDE_MAP:
         return _mix_lines(x, weight, outputs, name)
-    # A strip has two vectors, the width of a good register tile.
     alone = area % ROW == 0 and (area > gather or batch == 1)
+    # A strip has two vectors, the width of a good register tile.
     if gather and not alone and not area % RUN and area > ROW and batch * area % max(2 * ROW, gather) == 0:
         return _mix_runs(x, weight, outputs, name)
     if area % ROW == 0 or not gather:

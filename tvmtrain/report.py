@@ -167,12 +167,11 @@ def saved(found: Flow) -> set[relax.Var]:
     kept = {var for var in read if var in found.forward}
     small: dict[relax.Var, set[relax.Var]] = {}
     made_of: dict[relax.Var, set[relax.Var]] = {}
-    for var in found.values:
-        if var in found.early:
-            # Values are in the order in which they are made: those that this one reads are known.
-            direct = relax.analysis.free_vars(found.values[var])
-            made_of[var] = {*direct}.union(*(made_of[v] for v in direct if v in made_of))
-        if var in read and var in found.early:
+    for var in (value for value in found.values if value in found.early):
+        # Values are in the order in which they are made: those that this one reads are known.
+        direct = relax.analysis.free_vars(found.values[var])
+        made_of[var] = {*direct}.union(*(made_of[v] for v in direct if v in made_of))
+        if var in read:
             sources = {found.root(v) for v in made_of[var] & found.forward}
             if bytes_of(var.ty) < sum(bytes_of(source.ty) for source in sources - kept):
                 small[var] = sources
