@@ -20,7 +20,7 @@ from tvmtrain.targets import Device
 # Tiles of rows for which a copy of the columns that they read is worth making; fewer do where each element is on a page of its own.
 FEWEST_READERS, FEWEST_OF_PAGES = 6, 2
 # Elements of a page of memory.
-PAGE = 1024
+PAGE = 512
 # Places of an image that a line of all images keeps together: a vector of a copy or of results is never of two images. The copy's block.
 RUN, LINE = 4, "line"
 # Strips that are brought together, at most, and the part of a core's second cache that they may fill.
