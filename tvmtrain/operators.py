@@ -77,8 +77,15 @@ def _gradient_sums_type(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.Tup
     return relax.TupleType([_kept_type(call)] * 2)
 
 
+def _outside_of_rows(shape: Sequence[int]) -> int:
+    """How many of the first axes count the rows of which eight are packed together: bytes then lie as the numbers of a row do."""
+    return next((lead for lead in range(1, len(shape)) if prod(shape[:lead]) % 8 == 0), len(shape))
+
+
 def _bits_type(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TensorType:
-    return relax.TensorType([-(-prod(int(d) for d in call.args[0].ty.shape) // 8)], "uint8")
+    shape = [int(d) for d in call.args[0].ty.shape]
+    lead = _outside_of_rows(shape)
+    return relax.TensorType([-(-prod(shape[:lead]) // 8), *shape[lead:]], "uint8")
 
 
 def _mask_type(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TensorType:
@@ -365,7 +372,11 @@ def _legalize_put(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
 
 
 def pack_bits(mask: relax.Expr) -> relax.Call:
-    """The numbers of a mask (bool, any shape) as bits, the first in the lowest bit of the first byte: [size / 8, rounded up] uint8."""
+    """The numbers of a mask (bool, any shape) as bits: the same places of eight neighbouring rows are one byte, the first the lowest bit.
+
+    A row is made of as many of the last axes as leave a multiple of eight rows: [rows / 8, ..] uint8. Of a shape without such rows each
+    number is one: [size / 8, rounded up].
+    """
     return relax.Call(Op.get(PACK_BITS), [mask], dict_attrs())
 
 
@@ -378,17 +389,19 @@ def unpack_bits(bits: relax.Expr, shape: Sequence[int]) -> relax.Call:
 def _legalize_pack_bits(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     def kernel(mask: te.Tensor) -> te.Tensor:
         shape = [int(d) for d in mask.shape]
-        size = prod(shape)
+        lead = _outside_of_rows(shape)
+        rows = prod(shape[:lead])
 
-        def bit(i: tirx.PrimExpr) -> tirx.PrimExpr:
-            inside = tirx.const(True, "bool") if size % 8 == 0 else i < size
-            return tirx.if_then_else(inside, tirx.Cast("uint8", mask(*_unravelled(i, shape))), tirx.const(0, "uint8"))
+        def bit(row: tirx.PrimExpr, place: Sequence[tirx.Var]) -> tirx.PrimExpr:
+            inside = tirx.const(True, "bool") if rows % 8 == 0 else row < rows
+            number = tirx.Cast("uint8", mask(*_unravelled(row, shape[:lead]), *place))
+            return tirx.if_then_else(inside, number, tirx.const(0, "uint8"))
 
-        def byte(i: tirx.Var) -> tirx.PrimExpr:
-            bits = [bit(i * 8 + k) << tirx.const(k, "uint8") for k in range(8)]
+        def byte(group: tirx.Var, *place: tirx.Var) -> tirx.PrimExpr:
+            bits = [bit(group * 8 + k, place) << tirx.const(k, "uint8") for k in range(8)]
             return sum(bits[1:], bits[0])
 
-        return te.compute((-(-size // 8),), byte, name="pack_bits")
+        return te.compute((-(-rows // 8), *shape[lead:]), byte, name="pack_bits")
 
     return bb.call_te(kernel, *call.args, primfunc_name_hint="pack_bits")
 
@@ -396,13 +409,14 @@ def _legalize_pack_bits(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
 @register_legalize(UNPACK_BITS)
 def _legalize_unpack_bits(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     shape = [int(d) for d in call.attrs["shape"]]
+    lead = _outside_of_rows(shape)
 
     def kernel(bits: te.Tensor) -> te.Tensor:
         def number(*index: tirx.Var) -> tirx.PrimExpr:
-            place: Any = 0
-            for i, size in zip(index, shape, strict=True):
-                place = place * size + i
-            shifted = bits[place // 8] >> tirx.Cast("uint8", place % 8)
+            row: Any = 0
+            for i, size in zip(index[:lead], shape, strict=False):
+                row = row * size + i
+            shifted = bits(row // 8, *index[lead:]) >> tirx.Cast("uint8", row % 8)
             return (shifted & tirx.const(1, "uint8")) != tirx.const(0, "uint8")
 
         return te.compute(shape, number, name="unpack_bits")
