@@ -52,8 +52,9 @@ ALLOWED: dict[str, set[str]] = {
     "drawing": {"costs", "errors"},
     "roofline": {"errors", "targets"},
     "profile": {"artifact", "console", "costs", "drawing", "errors", "roofline", "runtime"},
+    "legalize_once": set(),
     "lowering": {
-        *("codegen", "filtering", "kernels", "norm_kernels", "passes", "pool_kernels", "schedules", "targets"),
+        *("codegen", "filtering", "kernels", "legalize_once", "norm_kernels", "passes", "pool_kernels", "schedules", "targets"),
     },
     "fitting": {"errors", "lowering", "passes", "targets"},
     "summarize": {"artifact", "costs", "lowering", "passes", "report", "signature", "targets"},

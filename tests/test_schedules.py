@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -199,6 +200,8 @@ def test_strips_are_brought_together() -> None:
     many = scheduled(R.nn.conv2d, (4, 96, 32, 32), (24, 96, 1, 1))
     (loops,) = [line for line in many.splitlines() if "in T.grid(T.int64(96), T.int64(16))" in line]
     assert loops, "eight strips of two vectors for each of 96 channels"
+    pages = scheduled(R.nn.conv2d, (8, 144, 28, 28), (16, 144, 1, 1))
+    assert "in T.grid(T.int64(144), T.int64(14))" in pages, "few tiles of rows, but channels nearly a page apart"
     few = scheduled(R.nn.conv2d, (4, 16, 64, 64), (32, 16, 1, 1))
     assert "for o_0, j_0_1 in T.grid(T.int64(8), T.int64(32))" in few, "each tile of rows writes runs of 32 strips"
 
@@ -272,6 +275,7 @@ def test_a_line_of_all_images_is_read_and_written_in_runs_of_one_image() -> None
     assert text.count("T.parallel(T.int64(49))") == text.count("T.parallel") == 1, "strips of two vectors"
     assert text.count("T.vectorized(T.int64(4))") == 2, "the copy of a strip, and the results"
     assert "T.vectorized(T.int64(8))" in text, "the product"
+    assert re.search(r"conv2d_local\[\w+, \w+ \* T.int64\(4\) \+ \w+\]", text), "places simple enough for results in registers"
     assert "T.int64(49)" not in scheduled(R.nn.conv2d, (3, 24, 14, 14), (48, 24, 1, 1)), "three images are no whole strips"
 
 

@@ -636,7 +636,7 @@ def legalization(device: Device) -> dict[str, Callable[[relax.BlockBuilder, rela
 
 # On GPUs, threads read what taps have in common from shared memory; and TVM's running sum has the threads of a warp read what others
 # may not have written yet.
-FOR_GPUS = {
+FOR_GPUS: dict[str, Callable[[relax.BlockBuilder, relax.Call], relax.Expr]] = {
     "relax.nn.conv2d": partial(_legalize_conv2d, gather=0),
     DGRAD: partial(_legalize_dgrad, gather=0),
     WGRAD: partial(_legalize_wgrad, gather=0),

@@ -10,6 +10,7 @@ from tvm.target import Target
 
 # Importing the kernels registers them.
 from tvmtrain import codegen, filtering, kernels, norm_kernels, pool_kernels, schedules
+from tvmtrain.legalize_once import legalize_once
 from tvmtrain.passes.order import OrderForMemory
 from tvmtrain.passes.plan_arena import PlanArena
 from tvmtrain.passes.share_workspace import ShareWorkspace, place_buffers
@@ -50,8 +51,8 @@ def schedule(mod: tvm.IRModule, device: Device, *, tuned: bool = True) -> tvm.IR
 def _legalize(device: Device) -> list[tvm.ir.transform.Pass]:
     if device.gpu is None:
         ours = kernels.legalization(device) | norm_kernels.legalization(device)
-        return [relax.backend.DispatchSortScan(), relax.transform.LegalizeOps(ours)]
-    return [relax.transform.LegalizeOps(kernels.FOR_GPUS | pool_kernels.FOR_GPUS | filtering.FOR_GPUS)]
+        return [relax.backend.DispatchSortScan(), legalize_once(ours)]
+    return [legalize_once({**kernels.FOR_GPUS, **pool_kernels.FOR_GPUS, **filtering.FOR_GPUS})]
 
 
 def plan(mod: tvm.IRModule) -> tvm.IRModule:
