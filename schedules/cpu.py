@@ -17,23 +17,23 @@ A template that does not fit a block is undone; the worst that can happen is a p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from math import prod
-from typing import Any
 
 from tvm import tirx
 from tvm.s_tir import Schedule
-from tvm.s_tir.schedule import LoopRV, SBlockRV
-from tvm.tirx import IndexMap
+from tvm.s_tir.schedule import LoopRV
 
 from tvmtrain.schedules import transposing
-from tvmtrain.schedules.blocks import FAILURES, Access, Block, describe, merged
+from tvmtrain.schedules.blocks import FAILURES, Block, describe, merged
+from tvmtrain.schedules.copies import bring, private_copies, read_by_rows
 from tvmtrain.schedules.decisions import DEFAULT, Decisions
-from tvmtrain.schedules.interleave import interleave, residues_together
+from tvmtrain.schedules.epilogues import epilogue_of, finish_in
+from tvmtrain.schedules.interleave import interleave
 from tvmtrain.schedules.side_by_side import side_by_side
-from tvmtrain.schedules.strips import RUN, bring_strips, in_strips
+from tvmtrain.schedules.strips import bring_strips
 from tvmtrain.schedules.tiles import (
     LARGEST_TILE,
     PARALLEL,
@@ -166,7 +166,7 @@ def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions, step
     steps: how many of the steps that the cores share are one of their tasks.
     """
     rv = sch.get_sblock(block.name)
-    epilogue, cut = _epilogue(sch, block, device) if block.reduction else (None, False)
+    epilogue, cut = epilogue_of(sch, block, device) if block.reduction else (None, False)
     shape = register_tile(block, device, cut, decisions.tile) if block.reduction else None
     if shape is None and cut:
         epilogue, shape = None, register_tile(block, device, False, decisions.tile)
@@ -180,17 +180,17 @@ def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions, step
     sch.reorder(*outer, *reductions, *inner)
     counts = [extent_of(sch, loop) for loop in outer]
     shared, private = _share(sch, block, axes, counts, _cores(device, decisions)) if block.volume >= PARALLEL else (0, [])
-    by_rows = [] if decisions.order else [each for each in _read_by_rows(sch, block, shape, device) if each not in private]
+    by_rows = [] if decisions.order else [each for each in read_by_rows(sch, block, shape, device) if each not in private]
     outer = _parallel(sch, outer, shared, steps)
     lines = shape.columns * shape.lanes % transposing.ROWS == 0
-    copies = [(copied, outer[0]) for producer in private for copied in _bring(sch, producer, outer[0], device, lines)]
+    copies = [(copied, outer[0]) for producer in private for copied in bring(sch, producer, outer[0], device, lines)]
     if not private and decisions.order == 0 and len(outer) > len(shape.rows):
         outer = bring_strips(sch, block, shape, outer, device)
     for producer in by_rows:
         with suppress(*FAILURES):
             sch.compute_at(sch.get_sblock(producer), outer[-1])
             copies.append((producer, outer[-1]))
-    _finish_in(sch, rv, epilogue, outer[-1] if outer else None, device)
+    finish_in(sch, rv, epilogue, outer[-1] if outer else None, device)
     for copied, at in copies:
         fill_then_copy(sch, copied, at)
     for loop in _taps(sch, reductions, inner, LARGEST_TAPS[decisions.taps]):
@@ -255,8 +255,8 @@ def _share(sch: Schedule, block: Block, axes: Sequence[int], counts: Sequence[in
     """How many outer loops the cores share, and the padded copies that each step then makes for itself: small ones are best."""
     fewest = _shared_prefix(counts, cores)
     for shared in range(len(axes), fewest - 1, -1):
-        if private := _private(sch, block, axes[:shared]):
-            return shared, private
+        if own := private_copies(sch, block, axes[:shared]):
+            return shared, own
     return fewest, []
 
 
@@ -268,160 +268,6 @@ def _parallel(sch: Schedule, outer: Sequence[LoopRV], shared: int, steps: int = 
     task, step = (fused, fused) if steps == 1 else sch.split(fused, factors=[None, steps])
     sch.parallel(task)
     return [step, *outer[shared:]]
-
-
-def _private(sch: Schedule, block: Block, axes: Sequence[int]) -> list[str]:
-    """Producers (padded copies) of which each step of the parallel axes reads a part of its own."""
-    variables = [block.variables[a] for a in axes if block.extents[a] > 1]
-    own = []
-    for producer, access in _made_for(sch, block):
-        if variables and not in_strips(block, access) and all(any(i.same_as(v) for i in access.index) for v in variables):
-            own.append(producer.name)
-    return own
-
-
-def _made_for(sch: Schedule, block: Block) -> Iterator[tuple[Block, Access]]:
-    """What is computed, without a sum, for this block alone, and how it reads that."""
-    for rv in sch.get_producers(sch.get_sblock(block.name)):
-        producer = describe(sch, rv)
-        if producer is not None and not producer.reduction and len(sch.get_consumers(rv)) == 1:
-            yield producer, next(r for r in block.reads if r.buffer.same_as(producer.write.buffer))
-
-
-def _bring(sch: Schedule, producer: str, at: LoopRV, device: Device, lines: bool) -> list[str]:
-    """Copy what a step of the loop ``at`` reads, whole ``lines`` of a transposed copy or not; the names of the padded copies."""
-    rv = sch.get_sblock(producer)
-    block = known(sch, rv)
-    across = transposing.across(block) if lines else None
-    if lines and transposing.in_registers(block):
-        out = transposing.rows_first(sch, producer)
-        sch.compute_at(out, at)
-        transposing.transpose(sch, producer, loops_in(sch, out, at), device)
-        return []
-    sch.compute_at(rv, at)
-    if producer != "residues":
-        if across is not None:
-            _transpose(sch, loops_in(sch, rv, at))
-        return [producer]
-    pads = [pad for pad in sch.get_producers(rv) if len(sch.get_consumers(pad)) == 1 and not known(sch, pad).chained]
-    if not pads:
-        fill_then_copy(sch, producer, at)
-    residues_together(sch, rv)
-    names = [sch.get(pad).name_hint for pad in pads]
-    for pad in pads:
-        sch.compute_at(pad, at)
-    return names
-
-
-def _read_by_rows(sch: Schedule, block: Block, shape: Tile, device: Device) -> list[str]:
-    """Producers of numbers each of which one tile of rows alone reads, as scalars, one for each step of the reduction."""
-    found: list[str] = []
-    size = 4 * prod(size for _, size in shape.rows) * prod(block.extents[axis] for axis in block.reductions)
-    if block.extents[shape.axis] != shape.columns * shape.lanes or size > device.caches.l2 // 2:
-        return found
-    others = [axis for axis, extent in enumerate(block.extents) if axis != shape.axis and extent > 1]
-    for producer, access in _made_for(sch, block):
-        once = producer.volume == prod(block.extents[axis] for axis in others)
-        if once and not producer.kept and access.strides[shape.axis] == 0 and all(access.strides[axis] for axis in others):
-            found.append(producer.name)
-    return found
-
-
-# --- What follows a reduction -------------------------------------------------------------------------------------------------
-
-
-def _epilogue(sch: Schedule, block: Block, device: Device) -> tuple[SBlockRV | None, bool]:
-    """The one block that reads the results, if it does so in the order in which they are made; and whether it cuts rows short."""
-    after = one_consumer(sch, block)
-    access = [r for r in after.reads if r.buffer.same_as(block.write.buffer)] if after and not after.reduction else []
-    if after is None or len(access) != 1:
-        return None, False
-    if _in_order(after, access[0]):
-        cut = bool(after.extents) and after.extents[-1] < int(access[0].buffer.shape[-1])
-        return sch.get_sblock(after.name), cut
-    return _blocked_epilogue(sch, after, access[0], device) or _merged_epilogue(sch, after, access[0]), False
-
-
-def _in_order(after: Block, access: Access) -> bool:
-    """Whether each index of the access is an axis of the block, in order, whatever has one element left out."""
-    sizes = [int(d) for d in access.buffer.shape]
-    used = [next((a for a, v in enumerate(after.variables) if i.same_as(v)), -1) for i in access.index]
-    used = [i for i, size in zip(used, sizes, strict=True) if size > 1]
-    wide = [i for i, e in enumerate(after.extents) if e > 1]
-    lengths = [after.extents[i] for i in wide]
-    whole = [s for s in sizes if s > 1]
-    # Rows that were padded to whole vectors are cut to their length on the way out.
-    return used == wide and lengths[:-1] == whole[:-1] and lengths[-1:] <= whole[-1:]
-
-
-def _merged_epilogue(sch: Schedule, after: Block, access: Access) -> SBlockRV | None:
-    """A consumer over (.., h, w) of results over (.., h*W + w), with h and w made one axis, or over the line of all images."""
-    *head, height, width = after.extents
-    sizes = [int(d) for d in access.buffer.shape]
-    if len(sizes) == 2 and len(head) == 2 and sizes == [head[1], head[0] * height * width]:
-        return _epilogue_in_runs(sch, after, access)
-    if len(after.extents) < 3 or sizes != [*head, height * width] or merged(access, after.extents) < 2:
-        return None
-    rv = sch.get_sblock(after.name)
-    merge = IndexMap.from_func(lambda *i: [*i[:-2], i[-2] * width + i[-1]], ndim=len(after.extents), index_dtype="int64")
-    sch.transform_block_layout(rv, merge)
-    return rv
-
-
-def _blocked_epilogue(sch: Schedule, after: Block, access: Access, device: Device) -> SBlockRV | None:
-    """A consumer over (o, c) of results over (.., o, c // b, c % b): channels in blocks, as they are read channels last.
-
-    Of more than a cache holds, such pieces arrive later than if they are read on in a loop of their own.
-    """
-    sizes = [int(d) for d in access.buffer.shape]
-    wide = [(axis, extent) for axis, extent in enumerate(after.extents) if extent > 1]
-    if (
-        len(wide) != 2
-        or len(sizes) < 3
-        or 4 * prod(sizes) > device.caches.l2
-        or sizes[-3:] != [wide[0][1], wide[1][1] // sizes[-1], sizes[-1]]
-    ):
-        return None
-    (filters, _), (channels, _), block = *wide, sizes[-1]
-    if prod(sizes[:-3]) > 1 or [access.strides[filters], access.strides[channels]] != [prod(sizes[-2:]), 1]:
-        return None
-    rv = sch.get_sblock(after.name)
-    if len(sch.get_producers(rv)) > 1:
-        return None
-    blocked = IndexMap.from_func(
-        lambda *i: [i[filters], i[channels] // block, i[channels] % block], ndim=len(after.extents), index_dtype="int64"
-    )
-    sch.transform_block_layout(rv, blocked)
-    return rv
-
-
-def _epilogue_in_runs(sch: Schedule, after: Block, access: Access) -> SBlockRV | None:
-    """A consumer over (n, o, h, w) of results over (o, line of all images), with places in runs that are of one image each."""
-    batch, _, height, width = after.extents
-    each = height * width
-    steps = zip(access.strides, (each, batch * each, width, 1), after.extents, strict=True)
-    if each % RUN or any(stride != step for stride, step, extent in steps if extent > 1):
-        return None
-
-    def by_runs(n: Any, o: Any, h: Any, v: Any) -> list[Any]:
-        place = h * width + v
-        return [o, n * (each // RUN) + place // RUN, place % RUN]
-
-    rv = sch.get_sblock(after.name)
-    sch.transform_block_layout(rv, IndexMap.from_func(by_runs, ndim=4, index_dtype="int64"))
-    # To the same places, but written down simplified: else TVM 0.27 does not see that a tile reads its own results alone.
-    sch.transform_layout(rv, access.buffer, lambda *place: list(place))
-    return rv
-
-
-def _finish_in(sch: Schedule, rv: SBlockRV, epilogue: SBlockRV | None, at: LoopRV | None, device: Device) -> None:
-    """Results leave the registers tile by tile: into their consumer, or into memory."""
-    if epilogue is None:
-        epilogue = sch.cache_write(rv, 0, "local")
-    elif at is not None:
-        sch.set_scope(rv, 0, "local")
-    if at is not None:
-        leave_registers(sch, epilogue, at, device)
 
 
 # --- A product, and what reads its results ------------------------------------------------------------------------------------
@@ -457,7 +303,7 @@ def chain(sch: Schedule, product: Block, reader: Block, device: Device, decision
     if not tile(sch, reader, device, replace(decisions, tile=0, grain=0), channels):
         raise ValueError("results that do not lie side by side")
     rv = sch.get_sblock(product.name)
-    end, _ = _epilogue(sch, product, device)
+    end, _ = epilogue_of(sch, product, device)
     if end is None:
         raise ValueError("results that are not read in their order")
     task = sch.get_loops(sch.get_consumers(end)[0])[0]
@@ -591,19 +437,12 @@ def sweep(sch: Schedule, block: Block, device: Device, decisions: Decisions) -> 
         *head, place, last = sch.get_loops(transposing.rows_first(sch, block.name))
         head.append(transposing.transpose(sch, block.name, (place, last), device))
     elif not block.reduction and (across := transposing.across(block)) is not None:
-        line, lane = _transpose(sch, loops[across:])
+        line, lane = transposing.line_by_line(sch, loops[across:])
         sch.vectorize(lane)
         head = [*loops[:across], line]
     if block.volume >= PARALLEL and head:
         _parallel(sch, head, _shared_prefix([extent_of(sch, loop) for loop in head], _cores(device, decisions)))
     return bool(head)
-
-
-def _transpose(sch: Schedule, loops: Sequence[LoopRV]) -> tuple[LoopRV, LoopRV]:
-    """Write ``ROWS`` neighbours at a time, and read on along their rows while these are in the nearest cache."""
-    line, lane = sch.split(loops[-1], factors=[None, transposing.ROWS])
-    sch.reorder(line, *loops[:-1], lane)
-    return line, lane
 
 
 def _chunks(size: int, width: int, outside: int, device: Device) -> int:

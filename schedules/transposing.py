@@ -37,6 +37,13 @@ def across(block: Block) -> int | None:
     return next((a for a in range(last) if block.extents[a] > 1 and {r.strides[a] for r in block.reads} - {0} == {1}), None)
 
 
+def line_by_line(sch: Schedule, loops: Sequence[LoopRV]) -> tuple[LoopRV, LoopRV]:
+    """Write ``ROWS`` neighbours at a time, and read on along their rows while these are in the nearest cache."""
+    line, lane = sch.split(loops[-1], factors=[None, ROWS])
+    sch.reorder(line, *loops[:-1], lane)
+    return line, lane
+
+
 def in_registers(block: Block) -> bool:
     """Whether a copy is one of whole tiles, with nothing to ask for each number, along neighbouring axes."""
     last = len(block.extents) - 1

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 import tvmtrain as tt
-from tvmtrain import importer
+from tvmtrain import exporting
 from tvmtrain.errors import ModelError, NonFiniteLossError, PlanError, UnsupportedOperatorError
 
 
@@ -108,8 +108,8 @@ def test_a_step_that_computes_what_evaluation_does_is_exported_once(
     model: nn.Module, exports: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[str] = []
-    export = importer._export
-    monkeypatch.setattr(importer, "_export", lambda module, args, what: made.append(what) or export(module, args, what))
+    export = exporting._export
+    monkeypatch.setattr(exporting, "_export", lambda module, args, what: made.append(what) or export(module, args, what))
     step = compiled(model)
     assert made == exports
     plain = (model[0] if isinstance(model, nn.Sequential) else Small()).eval()

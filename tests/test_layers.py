@@ -40,7 +40,8 @@ ALLOWED: dict[str, set[str]] = {
     "signature": {"artifact"},
     "converters": {"operators", "philox", "errors"},
     "translator": {"converters", "errors"},
-    "importer": {"artifact", "converters", "errors", "onnx_model", "signature", "spec", "translator"},
+    "exporting": {"errors", "translator"},
+    "importer": {"artifact", "converters", "errors", "exporting", "onnx_model", "signature", "spec", "translator"},
     "sizes": set(),
     "arena": set(),
     "filtering": {"operators", "sizes"},
@@ -99,6 +100,7 @@ FRONT = {
 WITH_TORCH = {
     "converters",
     "oracle",
+    "exporting",
     "importer",
     "onnx_model",
     "translator",

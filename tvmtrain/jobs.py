@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tvmtrain import builder, codegen, console, describe, graph, importer, targets
+from tvmtrain import builder, codegen, console, describe, exporting, graph, importer, targets
 from tvmtrain.artifact import Artifact
 from tvmtrain.costs import EntryMemory
 from tvmtrain.errors import InputError, ModelError
@@ -169,8 +169,8 @@ def load_model(spec: str) -> tuple[nn.Module, tuple[torch.Tensor, ...], tuple[to
 def predict(module: nn.Module, x: Sequence[torch.Tensor]) -> torch.Tensor:
     """The output that a built-in loss is about, of ``module`` in evaluation mode."""
     try:
-        with torch.no_grad(), importer.evaluating(module):
-            return importer.primary(module(*x))
+        with torch.no_grad(), exporting.evaluating(module):
+            return exporting.primary(module(*x))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = ", ".join(console.shape(t.shape) for t in x)
         raise ModelError(f"the model cannot take an example of shape {shapes}: {error}; {FORM}") from error

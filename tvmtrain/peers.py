@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from tvmtrain import importer, jobs
+from tvmtrain import exporting, jobs
 from tvmtrain.contestant import PROCESS, Started
 from tvmtrain.errors import InputError
 from tvmtrain.spec import SGD, AdamW, Optimizer
@@ -53,7 +53,7 @@ class Training:
         """capturable: the optimizer counts its steps on the GPU, where a CUDA graph has to have them."""
 
         def forward() -> torch.Tensor:
-            return importer.apply_loss(job.loss, what.module(*what.x), what.y)
+            return exporting.apply_loss(job.loss, what.module(*what.x), what.y)
 
         loss_of = torch.compile(forward) if name.startswith(COMPILED) else forward
         parameters = [parameter for parameter in what.module.parameters() if parameter.requires_grad]

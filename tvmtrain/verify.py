@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tvmtrain import builder, console, graph, importer, jobs, philox, selection
+from tvmtrain import builder, console, exporting, graph, importer, jobs, philox, selection
 from tvmtrain.artifact import Selection
 from tvmtrain.errors import NonFiniteLossError, TvmtrainError
 from tvmtrain.oracle import FilteredGradients
@@ -239,7 +239,7 @@ class _Reference:
         """The loss of the next step; gradients are left at the parameters."""
         self.optimizer.zero_grad()
         with SameRandomNumbers(self.seed, self.taken), FilteredGradients(self._filters()):
-            loss = importer.apply_loss(self.loss, self.module(*xs), ys)
+            loss = exporting.apply_loss(self.loss, self.module(*xs), ys)
         loss.backward()
         return float(loss.detach())
 
@@ -483,7 +483,7 @@ def _first_forward(check: _Check, xs: Tensors, ys: Tensors) -> str | None:
     loss = check.torch.loss
 
     def first_output(outputs: Sequence[Any], target: Any) -> torch.Tensor:
-        return importer.apply_loss(loss, outputs[0], target if isinstance(target, tuple) else (target,))
+        return exporting.apply_loss(loss, outputs[0], target if isinstance(target, tuple) else (target,))
 
     try:
         traced = graph.trace(probe, _one(xs), _one(ys), loss=first_output, seed=check.torch.seed)
@@ -563,8 +563,8 @@ def _batches(xs: Tensors, ys: Tensors, steps: int, seed: int) -> Iterator[tuple[
 
 
 def _outputs(module: nn.Module, loss: importer.Loss, xs: Tensors) -> list[np.ndarray]:
-    with torch.no_grad(), importer.evaluating(module):
-        return [tensor.numpy() for tensor in importer.outputs_of(module(*xs), loss)]
+    with torch.no_grad(), exporting.evaluating(module):
+        return [tensor.numpy() for tensor in exporting.outputs_of(module(*xs), loss)]
 
 
 def _titles(report: Report) -> dict[str, str]:
