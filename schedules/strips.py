@@ -17,10 +17,10 @@ from tvmtrain.schedules.blocks import Access, Block, describe
 from tvmtrain.schedules.tiles import Tile, divisors, extent_of, vector_axis
 from tvmtrain.targets import Device
 
-# Tiles of rows for which a copy of the columns that they read is worth making; fewer do where each element is on a page of its own.
-FEWEST_READERS, FEWEST_OF_PAGES = 6, 2
-# Elements of a page of memory.
-PAGE = 512
+# Tiles of rows for which a copy of the columns that they read is worth making; fewer do where rows lie far apart.
+FEWEST_READERS, FEWEST_FAR = 6, 2
+# Elements from which rows lie far apart: with two of them to a page of memory, prefetchers lose them and addresses are looked up anew.
+FAR = 512
 # Places of an image that a line of all images keeps together: a vector of a copy or of results is never of two images. The copy's block.
 RUN, LINE = 4, "line"
 # Strips that are brought together, at most, and the part of a core's second cache that they may fill.
@@ -39,7 +39,7 @@ def in_strips(block: Block, access: Access) -> bool:
 
 
 def bring_strips(sch: Schedule, block: Block, shape: Tile, outer: Sequence[LoopRV], device: Device) -> list[LoopRV]:
-    """The columns that all tiles of rows read in turn: made there, or copied without gaps, of a page each, that miss in every cache.
+    """The columns that all tiles of rows read in turn: made there, or copied without gaps, that miss in every cache.
 
     outer: the loops over tiles, that over columns before those over rows. Returns them as they then are.
     """
@@ -51,7 +51,7 @@ def bring_strips(sch: Schedule, block: Block, shape: Tile, outer: Sequence[LoopR
             continue
         made = _maker(sch, block, read)
         gap = read.strides[block.reductions[0]] or 0
-        fewest = FEWEST_OF_PAGES if gap >= PAGE else FEWEST_READERS
+        fewest = FEWEST_FAR if gap >= FAR else FEWEST_READERS
         if made is None and gap > shape.columns * shape.lanes and again >= fewest:
             made = sch.cache_read(sch.get_sblock(block.name), i, "global")
         if made is not None:

@@ -10,6 +10,7 @@ import tvm
 from tvm import relax
 from tvm.relax import op as R
 
+from tvmtrain import lowering, targets
 from tvmtrain.legalize_once import legalize_once
 
 rng = np.random.default_rng(0)
@@ -67,6 +68,12 @@ A, B, C = ARRAYS
             2,
             [A.sum(0), B.sum(0), B.sum(1)],
         ),
+        (
+            "relax.multiply",
+            [lambda a, b, c, k=k: R.multiply(a, relax.const(k, "float32")) for k in (B, B.copy(), A)],
+            2,
+            [A * B, A * B, A * A],
+        ),
         ("relax.exp", [lambda a, b, c: R.exp(a), lambda a, b, c: R.exp(c)], 2, [np.exp(A), np.exp(C)]),
         (
             "relax.concat",
@@ -75,10 +82,35 @@ A, B, C = ARRAYS
             [np.concatenate(x) for x in ((A, B), (B, A))],
         ),
     ],
-    ids=["other variables", "one variable twice", "numbers", "shapes", "attributes", "types", "tuples"],
+    ids=["other variables", "one variable twice", "numbers", "shapes", "attributes", "arrays", "types", "tuples"],
 )
 def test_loops_are_made_once_for_equal_calls(name, makes, times, wanted):
     made, found = legalized(name, *makes)
     assert made == times
     for got, right in zip(found, wanted, strict=True):
         np.testing.assert_allclose(got, right, rtol=1e-6, atol=1e-6)
+
+
+def test_what_needs_code_beside_its_kernel_gets_it_each_time():
+    """Sizes of a slice are known where it runs."""
+    x = relax.Var("x", relax.TensorType([8, 9], "float32"))
+    bounds = [relax.Var(n, relax.TensorType([2], "int64")) for n in ("begin", "end", "step", "other")]
+    builder = relax.BlockBuilder()
+    with builder.function("main", [x, *bounds]):
+        with builder.dataflow():
+            slices = [R.dynamic_strided_slice(x, bounds[0], end, bounds[2]) for end in (bounds[1], bounds[3])]
+            outputs = [builder.emit_output(builder.normalize(each)) for each in slices]
+        builder.emit_func_output(relax.Tuple(outputs))
+    vm = relax.VirtualMachine(tvm.compile(legalize_once({})(builder.get()), target="llvm"), tvm.cpu())
+    values = np.arange(72, dtype="float32").reshape(8, 9)
+    given = [np.array(b, "int64") for b in ([1, 2], [5, 9], [2, 3], [8, 4])]
+    found = [r.numpy() for r in vm["main"](*map(tvm.runtime.tensor, (values, *given)))]
+    np.testing.assert_array_equal(found[0], values[1:5:2, 2:9:3])
+    np.testing.assert_array_equal(found[1], values[1:8:2, 2:4:3])
+
+
+def test_lowering_legalizes_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(lowering, "legalize_once", lambda ours: asked.append(ours) or legalize_once(ours))
+    lowering.lower(step(lambda a, b, c: R.add(a, b)), targets.load("x86-64-v3"))
+    assert len(asked) == 1

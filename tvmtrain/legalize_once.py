@@ -51,8 +51,13 @@ def _key(call: relax.Call) -> StructuralKey:
 
 
 def _read(result: relax.Expr, call: relax.Call) -> list[int] | None:
-    """Which of the operator's arguments the result's one kernel reads; None if it is anything else."""
+    """Which of the operator's arguments the result's one kernel reads; None if it is anything else.
+
+    Sizes that are found where the step runs (a slice's) come from code that was emitted beside the kernel, for this call.
+    """
     if not isinstance(result, relax.Call) or not result.op.same_as(CALL_TIR) or len(result.args) != 2:
+        return None
+    if any(relax.analysis.tir_vars_in_type(ty) for ty in result.ty_args):
         return None
     read: list[int] = []
     for arg in result.args[1]:

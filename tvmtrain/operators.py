@@ -78,8 +78,12 @@ def _gradient_sums_type(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.Tup
 
 
 def _outside_of_rows(shape: Sequence[int]) -> int:
-    """How many of the first axes count the rows of which eight are packed together: bytes then lie as the numbers of a row do."""
-    return next((lead for lead in range(1, len(shape)) if prod(shape[:lead]) % 8 == 0), len(shape))
+    """How many of the first axes count the rows of which eight are packed together: bytes then lie as the numbers of a row do.
+
+    Rows are maps (the last two axes), if these are a multiple of eight: then a core that works on an image reads that image's bits.
+    """
+    possible = [lead for lead in range(1, len(shape)) if prod(shape[:lead]) % 8 == 0]
+    return min(possible, key=lambda lead: abs(len(shape) - 2 - lead), default=len(shape))
 
 
 def _bits_type(call: relax.Call, _ctx: relax.BlockBuilder) -> relax.TensorType:
@@ -374,8 +378,8 @@ def _legalize_put(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
 def pack_bits(mask: relax.Expr) -> relax.Call:
     """The numbers of a mask (bool, any shape) as bits: the same places of eight neighbouring rows are one byte, the first the lowest bit.
 
-    A row is made of as many of the last axes as leave a multiple of eight rows: [rows / 8, ..] uint8. Of a shape without such rows each
-    number is one: [size / 8, rounded up].
+    A row is a map, the last two axes, or else so many of the last axes that there is a multiple of eight rows: [rows / 8, ..] uint8. Of a
+    shape without such rows each number is one: [size / 8, rounded up].
     """
     return relax.Call(Op.get(PACK_BITS), [mask], dict_attrs())
 
