@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "importer": {"artifact", "converters", "errors", "exporting", "onnx_model", "signature", "spec", "translator"},
     "sizes": set(),
     "arena": set(),
-    "filtering": {"operators", "sizes"},
+    "filtering": {"operators", "schedules", "sizes"},
     "autodiff": {"filtering", "operators", "signature", "sizes"},
     "passes": {"arena", "artifact", "autodiff", "errors", "filtering", "operators", "signature", "sizes", "spec"},
     "report": {"costs", "operators", "passes", "signature", "sizes"},

@@ -286,6 +286,16 @@ def test_patches_are_summed_row_by_row(size: tuple[int, int]) -> None:
     assert "T.vectorized(T.int64(8))" in text or size[1] % 8
 
 
+def test_a_patch_of_two_columns_is_spread_by_pairs() -> None:
+    def spread(size: tuple[int, int], patch: tuple[int, int]) -> str:
+        patches = filtering.of_output(size, patch)
+        return scheduled(lambda g: filtering.unpatch(g, patches), (4, 16, *patches.places))
+
+    assert "for v_1 in T.unroll(T.int64(2))" in spread((28, 28), (2, 2))
+    assert "T.unroll" not in spread((28, 28), (4, 4))
+    assert "T.unroll" not in spread((27, 28), (2, 2)), "a row is left over"
+
+
 def test_depthwise_padding_stays_with_its_core() -> None:
     text = scheduled(lambda x, w: R.nn.conv2d(x, w, padding=1, groups=32), (2, 32, 28, 28), (32, 1, 3, 3))
     assert text.count("T.parallel") == 1
