@@ -6,8 +6,8 @@
 1. side_by_side: a product over channels of maps that are no whole vectors. Some filters' results for all places stay in the cache.
 2. pooled: sums of rows of a map of which others take sums of neighbours (patches). A row at a time stays in the cache.
 3. tile: a reduction whose results lie side by side (convolutions, matrix products, column sums). A tile of results stays in
-   registers while the reduction runs; what is computed from the results is written at once. Copies of what a task or a tile of rows
-   alone reads are made there, those across rows in registers (``schedules.transposing``).
+   registers while the reduction runs; what is computed from the results is written at once (``schedules.epilogues``). Copies of what a
+   task or a tile of rows alone reads are made there (``schedules.copies``), those across rows in registers.
 4. lanes: a reduction along memory (row sums, softmax). Each lane of a vector has a partial sum.
 5. interleave: another formula for each residue of a place modulo a stride. All residues of a row in one loop.
 6. sweep: one result for each place (elementwise, padding, copies).

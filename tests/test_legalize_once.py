@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -29,6 +29,11 @@ def step(*makes: Callable[..., relax.Expr]) -> tvm.IRModule:
     return builder.get()
 
 
+def results(mod: tvm.IRModule, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    vm = relax.VirtualMachine(tvm.compile(mod, target="llvm"), tvm.cpu())
+    return [result.numpy() for result in vm["main"](*map(tvm.runtime.tensor, arrays))]
+
+
 def legalized(name: str, *makes: Callable[..., relax.Expr]) -> tuple[int, list[np.ndarray]]:
     """How often loops of an operator were made, and the results that they compute."""
     way, asked = tvm.ir.Op.get(name).get_attr("FLegalize"), []
@@ -37,9 +42,8 @@ def legalized(name: str, *makes: Callable[..., relax.Expr]) -> tuple[int, list[n
         asked.append(call)
         return way(bb, call)
 
-    mod = legalize_once({name: counted})(step(*makes))
-    vm = relax.VirtualMachine(tvm.compile(mod, target="llvm"), tvm.cpu())
-    return len(asked), [result.numpy() for result in vm["main"](*map(tvm.runtime.tensor, ARRAYS))]
+    found = results(legalize_once({name: counted})(step(*makes)), ARRAYS)
+    return len(asked), found
 
 
 A, B, C = ARRAYS
@@ -101,10 +105,9 @@ def test_what_needs_code_beside_its_kernel_gets_it_each_time():
             slices = [R.dynamic_strided_slice(x, bounds[0], end, bounds[2]) for end in (bounds[1], bounds[3])]
             outputs = [builder.emit_output(builder.normalize(each)) for each in slices]
         builder.emit_func_output(relax.Tuple(outputs))
-    vm = relax.VirtualMachine(tvm.compile(legalize_once({})(builder.get()), target="llvm"), tvm.cpu())
     values = np.arange(72, dtype="float32").reshape(8, 9)
     given = [np.array(b, "int64") for b in ([1, 2], [5, 9], [2, 3], [8, 4])]
-    found = [r.numpy() for r in vm["main"](*map(tvm.runtime.tensor, (values, *given)))]
+    found = results(legalize_once({})(builder.get()), [values, *given])
     np.testing.assert_array_equal(found[0], values[1:5:2, 2:9:3])
     np.testing.assert_array_equal(found[1], values[1:8:2, 2:4:3])
 

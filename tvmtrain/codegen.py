@@ -30,7 +30,7 @@ FEW = 64
 # LLVM's third level takes longer than the second, and wins nothing where loops and vectors are written out already.
 LEVEL = {"opt-level": 2}
 # TVM's VM calls each kernel with the tensors it was compiled for: no code that checks each argument in each call. And LLVM finds common
-# subexpressions anyway: TVM's search for them is an eighth of the whole, for the same speed.
+# subexpressions anyway: TVM's own search for them takes its time and makes no kernel faster.
 KERNELS = {"tirx.disable_assert": True, "tirx.disable_cse_tir": True}
 
 

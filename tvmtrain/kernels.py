@@ -19,6 +19,7 @@ import tvm
 from tvm import relax, te, tirx
 from tvm.relax.transform.legalize_ops.common import register_legalize
 
+from tvmtrain.legalize_once import Legalization
 from tvmtrain.operators import DGRAD, PACKED_CONV, WGRAD
 from tvmtrain.schedules.blocks import KEPT, STRIDES
 from tvmtrain.schedules.strips import LINE, RUN
@@ -628,7 +629,7 @@ register_legalize(WGRAD, _legalize_wgrad)
 tvm.ir.register_op_attr("relax.nn.conv2d", "FLegalize", _legalize_conv2d, OVERRIDE)
 
 
-def legalization(device: Device) -> dict[str, Callable[[relax.BlockBuilder, relax.Call], relax.Expr]]:
+def legalization(device: Device) -> dict[str, Legalization]:
     """How ``LegalizeOps`` lowers convolutions for a processor."""
     ways = {"relax.nn.conv2d": _legalize_conv2d, PACKED_CONV: _legalize_packed, DGRAD: _legalize_dgrad, WGRAD: _legalize_wgrad}
     return {name: partial(way, gather=device.lanes()) for name, way in ways.items()}
@@ -636,7 +637,7 @@ def legalization(device: Device) -> dict[str, Callable[[relax.BlockBuilder, rela
 
 # On GPUs, threads read what taps have in common from shared memory; and TVM's running sum has the threads of a warp read what others
 # may not have written yet.
-FOR_GPUS: dict[str, Callable[[relax.BlockBuilder, relax.Call], relax.Expr]] = {
+FOR_GPUS: dict[str, Legalization] = {
     "relax.nn.conv2d": partial(_legalize_conv2d, gather=0),
     DGRAD: partial(_legalize_dgrad, gather=0),
     WGRAD: partial(_legalize_wgrad, gather=0),

@@ -14,9 +14,10 @@ from tvm import relax
 from tvm.ir import Op
 from tvm_ffi import StructuralKey
 
+from tvmtrain.schedules.merging import CALL_TIR
+
 # What makes loops of a call of an operator, as ``relax.transform.LegalizeOps`` asks for it.
 Legalization = Callable[[relax.BlockBuilder, relax.Call], relax.Expr]
-CALL_TIR = Op.get("relax.call_tir")
 
 
 def legalize_once(ours: Mapping[str, Legalization]) -> tvm.ir.transform.Pass:

@@ -22,6 +22,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from tvmtrain import operators
+from tvmtrain.legalize_once import Legalization
 from tvmtrain.schedules import SCHEDULED
 from tvmtrain.schedules.tiles import PARALLEL
 from tvmtrain.targets import Device
@@ -292,7 +293,7 @@ def _everything(buffer: Any) -> Any:
 # --- Legalization -------------------------------------------------------------------------------------------------------------
 
 
-def legalization(device: Device) -> dict[str, Callable[[relax.BlockBuilder, relax.Call], relax.Expr]]:
+def legalization(device: Device) -> dict[str, Legalization]:
     """How ``LegalizeOps`` lowers the sums for a processor."""
 
     def statistics_of(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
