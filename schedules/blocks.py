@@ -27,6 +27,8 @@ STRIDES = "tvmtrain.strides"
 KEPT = "tvmtrain.kept"
 # An annotation of the block that ends a product whose results another reduction of the same kernel reads, some channels at a time.
 CHAINED = "tvmtrain.chained"
+# An annotation of sums over parts of what another reduction makes: each is added as soon as it is there.
+ACCUMULATED = "tvmtrain.accumulated"
 # Calls that cost more than reading their result back from memory.
 EXPENSIVE = ("exp", "log", "sqrt", "rsqrt", "pow", "tanh", "erf", "sigmoid", "sin", "cos")
 

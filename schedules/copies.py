@@ -20,13 +20,13 @@ def private_copies(sch: Schedule, block: Block, axes: Sequence[int]) -> list[str
     """Producers (padded copies) of which each step of the parallel axes reads a part of its own."""
     variables = [block.variables[a] for a in axes if block.extents[a] > 1]
     own = []
-    for producer, access in _made_for(sch, block):
+    for producer, access in made_for(sch, block):
         if variables and not in_strips(block, access) and all(any(i.same_as(v) for i in access.index) for v in variables):
             own.append(producer.name)
     return own
 
 
-def _made_for(sch: Schedule, block: Block) -> Iterator[tuple[Block, Access]]:
+def made_for(sch: Schedule, block: Block) -> Iterator[tuple[Block, Access]]:
     """What is computed, without a sum, for this block alone, and how it reads that."""
     for rv in sch.get_producers(sch.get_sblock(block.name)):
         producer = describe(sch, rv)
@@ -66,7 +66,7 @@ def read_by_rows(sch: Schedule, block: Block, shape: Tile, device: Device) -> li
     if block.extents[shape.axis] != shape.columns * shape.lanes or size > device.caches.l2 // 2:
         return found
     others = [axis for axis, extent in enumerate(block.extents) if axis != shape.axis and extent > 1]
-    for producer, access in _made_for(sch, block):
+    for producer, access in made_for(sch, block):
         once = producer.volume == prod(block.extents[axis] for axis in others)
         if once and not producer.kept and access.strides[shape.axis] == 0 and all(access.strides[axis] for axis in others):
             found.append(producer.name)

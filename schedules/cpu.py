@@ -5,19 +5,20 @@
 
 1. side_by_side: a product over channels of maps that are no whole vectors. Some filters' results for all places stay in the cache.
 2. pooled: sums of rows of a map of which others take sums of neighbours (patches). A row at a time stays in the cache.
-3. tile: a reduction whose results lie side by side (convolutions, matrix products, column sums). A tile of results stays in
+3. accumulate: a reduction by parts (``schedules.accumulate``).
+4. tile: a reduction whose results lie side by side (convolutions, matrix products, column sums). A tile of results stays in
    registers while the reduction runs; what is computed from the results is written at once (``schedules.epilogues``). Copies of what a
    task or a tile of rows alone reads are made there (``schedules.copies``), those across rows in registers.
-4. lanes: a reduction along memory (row sums, softmax). Each lane of a vector has a partial sum.
-5. interleave: another formula for each residue of a place modulo a stride. All residues of a row in one loop.
-6. sweep: one result for each place (elementwise, padding, copies).
+5. lanes: a reduction along memory (row sums, softmax). Each lane of a vector has a partial sum.
+6. interleave: another formula for each residue of a place modulo a stride. All residues of a row in one loop.
+7. sweep: one result for each place (elementwise, padding, copies).
 
 A template that does not fit a block is undone; the worst that can happen is a plain loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from math import prod
@@ -27,11 +28,14 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV
 
 from tvmtrain.schedules import transposing
+from tvmtrain.schedules.accumulate import accumulate
 from tvmtrain.schedules.blocks import FAILURES, Block, describe, merged
 from tvmtrain.schedules.copies import bring, private_copies, read_by_rows
 from tvmtrain.schedules.decisions import DEFAULT, Decisions
 from tvmtrain.schedules.epilogues import epilogue_of, finish_in
 from tvmtrain.schedules.interleave import interleave
+from tvmtrain.schedules.panels import bring_panels
+from tvmtrain.schedules.sharing import busy, cores_of, parallel, shared_prefix
 from tvmtrain.schedules.side_by_side import side_by_side
 from tvmtrain.schedules.strips import bring_strips
 from tvmtrain.schedules.tiles import (
@@ -47,6 +51,7 @@ from tvmtrain.schedules.tiles import (
     loops_in,
     one_consumer,
     register_tile,
+    split_tile,
     vector_axis,
 )
 from tvmtrain.targets import Device
@@ -173,15 +178,15 @@ def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions, step
     if shape is None:
         return False
     loops = sch.get_loops(rv)
-    inner, outer_of = _split(sch, loops, shape)
+    inner, outer_of = split_tile(sch, loops, shape)
     axes = _outer_axes(block, shape, decisions.order)
     outer = [outer_of.get(a, loops[a]) for a in axes]
     reductions = [loops[a] for a in block.reductions]
     sch.reorder(*outer, *reductions, *inner)
     counts = [extent_of(sch, loop) for loop in outer]
-    shared, private = _share(sch, block, axes, counts, _cores(device, decisions)) if block.volume >= PARALLEL else (0, [])
+    shared, private = _share(sch, block, axes, counts, cores_of(device, decisions)) if block.volume >= PARALLEL else (0, [])
     by_rows = [] if decisions.order else [each for each in read_by_rows(sch, block, shape, device) if each not in private]
-    outer = _parallel(sch, outer, shared, steps)
+    outer = parallel(sch, outer, shared, steps)
     lines = shape.columns * shape.lanes % transposing.ROWS == 0
     copies = [(copied, outer[0]) for producer in private for copied in bring(sch, producer, outer[0], device, lines)]
     if not private and decisions.order == 0 and len(outer) > len(shape.rows):
@@ -190,6 +195,8 @@ def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions, step
         with suppress(*FAILURES):
             sch.compute_at(sch.get_sblock(producer), outer[-1])
             copies.append((producer, outer[-1]))
+    for copy in bring_panels(sch, block, shape, device):
+        sweep(sch, known(sch, copy), device, decisions)
     finish_in(sch, rv, epilogue, outer[-1] if outer else None, device)
     for copied, at in copies:
         fill_then_copy(sch, copied, at)
@@ -206,11 +213,6 @@ def _outer_axes(block: Block, shape: Tile, order: int) -> list[int]:
     return ([*free, shape.axis, *rows], [*free, *rows, shape.axis], [*rows, *free, shape.axis])[order]
 
 
-def _cores(device: Device, decisions: Decisions) -> int:
-    """The cores that work is shared out for: more than there are, for finer shares."""
-    return device.cores * (1, 4, 16)[decisions.grain]
-
-
 def _taps(sch: Schedule, reductions: Sequence[LoopRV], inner: Sequence[LoopRV], most: int) -> list[LoopRV]:
     """The innermost reductions that are short enough to be written out: neighbouring taps then share what they read."""
     size = prod(extent_of(sch, loop) for loop in inner[:-1])
@@ -223,51 +225,13 @@ def _taps(sch: Schedule, reductions: Sequence[LoopRV], inner: Sequence[LoopRV], 
     return taken
 
 
-def _split(
-    sch: Schedule, loops: Sequence[LoopRV] | Mapping[int, LoopRV], shape: Tile
-) -> tuple[list[LoopRV], dict[int, LoopRV]]:
-    """The loops inside of a tile (rows, columns, lanes), and those that run over tiles, by axis."""
-    outer: dict[int, LoopRV] = {}
-    inner: list[LoopRV] = []
-    for axis, size in shape.rows:
-        outer[axis], row = sch.split(loops[axis], factors=[None, size])
-        inner.append(row)
-    outer[shape.axis], column, lane = sch.split(loops[shape.axis], factors=[None, shape.columns, shape.lanes])
-    return [*inner, column, lane], outer
-
-
-def _shared_prefix(counts: Sequence[int], cores: int) -> int:
-    """How many of the outer loops the cores share: as few as keep all of them busy to the end."""
-    total = 1
-    for i, count in enumerate(counts):
-        total *= count
-        if _busy(total, cores):
-            return i + 1
-    return len(counts)
-
-
-def _busy(tasks: int, cores: int) -> bool:
-    """Whether so many tasks keep all cores busy to the end."""
-    return tasks >= 8 * cores or (tasks >= cores and tasks % cores == 0)
-
-
 def _share(sch: Schedule, block: Block, axes: Sequence[int], counts: Sequence[int], cores: int) -> tuple[int, list[str]]:
     """How many outer loops the cores share, and the padded copies that each step then makes for itself: small ones are best."""
-    fewest = _shared_prefix(counts, cores)
+    fewest = shared_prefix(counts, cores)
     for shared in range(len(axes), fewest - 1, -1):
         if own := private_copies(sch, block, axes[:shared]):
             return shared, own
     return fewest, []
-
-
-def _parallel(sch: Schedule, outer: Sequence[LoopRV], shared: int, steps: int = 1) -> list[LoopRV]:
-    """The outer loops after the first ``shared`` became one that the cores share; of ``steps`` in each task, the inner one of two."""
-    if not shared:
-        return list(outer)
-    fused = sch.fuse(*outer[:shared])
-    task, step = (fused, fused) if steps == 1 else sch.split(fused, factors=[None, steps])
-    sch.parallel(task)
-    return [step, *outer[shared:]]
 
 
 # --- A product, and what reads its results ------------------------------------------------------------------------------------
@@ -315,7 +279,7 @@ def chain(sch: Schedule, product: Block, reader: Block, device: Device, decision
     row, place, *deep = loops_in(sch, rv, task)
     if (extent_of(sch, row), extent_of(sch, place)) != (channels, product.extents[2]):
         raise ValueError("a task reads other results than those of its channels")
-    inner, outer_of = _split(sch, {1: row, 2: place}, shape)
+    inner, outer_of = split_tile(sch, {1: row, 2: place}, shape)
     sch.reorder(outer_of[2], outer_of[1], *deep, *inner)
     leave_registers(sch, end, outer_of[1], device)
     keep_in_registers(sch, rv, inner, deep[0])
@@ -327,7 +291,7 @@ def _channels_together(product: Block, rows: int, device: Device, decisions: Dec
     cache = max(device.caches.l2, device.caches.l3 // device.cores)
     for tiles in ((2, 1), (1,), (4, 2, 1))[decisions.grain]:
         together = tiles * rows
-        if channels % together == 0 and 4 * together * places <= cache and _busy(batch * channels // together, device.cores):
+        if channels % together == 0 and 4 * together * places <= cache and busy(batch * channels // together, device.cores):
             return together
     raise ValueError("no number of channels suits the cache and the cores")
 
@@ -347,7 +311,7 @@ def pooled(sch: Schedule, block: Block, device: Device, decisions: Decisions) ->
     *outer, at, _ = sch.get_loops(sch.get_sblock(reader.name))
     sch.compute_at(rv, at)
     if block.volume >= PARALLEL:
-        _parallel(sch, outer, _shared_prefix([extent_of(sch, loop) for loop in outer], _cores(device, decisions)))
+        parallel(sch, outer, shared_prefix([extent_of(sch, loop) for loop in outer], cores_of(device, decisions)))
     *_, place, row = sch.get_loops(rv)
     place, lane = sch.split(place, factors=[None, lanes_of(block.extents[last - 1], device) or 1])
     sch.reorder(place, row, lane)
@@ -383,7 +347,7 @@ def lanes(sch: Schedule, block: Block, device: Device, decisions: Decisions) -> 
     if results * width >= PARALLEL:
         spatial = [loop for loop, reduced in zip(sch.get_loops(rv), known(sch, rv).reduced, strict=True) if not reduced]
         sch.reorder(*spatial, *[loop for loop in sch.get_loops(rv) if loop not in spatial])
-        _parallel(sch, spatial, len(spatial))
+        parallel(sch, spatial, len(spatial))
     return tile(sch, known(sch, partial), device, decisions)
 
 
@@ -441,7 +405,7 @@ def sweep(sch: Schedule, block: Block, device: Device, decisions: Decisions) -> 
         sch.vectorize(lane)
         head = [*loops[:across], line]
     if block.volume >= PARALLEL and head:
-        _parallel(sch, head, _shared_prefix([extent_of(sch, loop) for loop in head], _cores(device, decisions)))
+        parallel(sch, head, shared_prefix([extent_of(sch, loop) for loop in head], cores_of(device, decisions)))
     return bool(head)
 
 
@@ -454,5 +418,5 @@ def _chunks(size: int, width: int, outside: int, device: Device) -> int:
 
 
 # What the template of a reduction is chosen from, in this order, and that of what has none.
-REDUCTIONS: tuple[Template, ...] = (side_by_side, pooled, tile, lanes, sweep)
+REDUCTIONS: tuple[Template, ...] = (side_by_side, pooled, accumulate, tile, lanes, sweep)
 PLAIN: tuple[Template, ...] = (interleave, sweep)

@@ -17,6 +17,7 @@ from tvm.tirx import IndexMap
 
 from tvmtrain.schedules.blocks import FAILURES, Block, merged
 from tvmtrain.schedules.decisions import Decisions
+from tvmtrain.schedules.panels import panels
 from tvmtrain.schedules.tiles import (
     PARALLEL,
     divisors,
@@ -57,7 +58,7 @@ def side_by_side(sch: Schedule, block: Block, device: Device, decisions: Decisio
     if block.volume >= PARALLEL:
         sch.parallel(part)
     leave_registers(sch, registers, group, device)
-    _weights_at_hand(sch, block, part)
+    _weights_at_hand(sch, block, part, rows)
     if layers.reduction:
         _add_layers(sch, layers, part)
     finish_at(sch, maps, part)
@@ -69,12 +70,14 @@ def side_by_side(sch: Schedule, block: Block, device: Device, decisions: Decisio
     return True
 
 
-def _weights_at_hand(sch: Schedule, block: Block, part: LoopRV) -> None:
+def _weights_at_hand(sch: Schedule, block: Block, part: LoopRV, rows: int) -> None:
     """A copy of the weights of some filters, where a sum goes across the rows in which they lie (dX): powers of two apart, or far."""
     found = next((i for i, r in enumerate(block.reads) if r.strides[3] == 0), None)
     strides = (None,) * 5 if found is None else block.reads[found].strides
     if found is not None and strides[1] is not None and strides[1] < (strides[4] or 0):
-        sch.compute_at(sch.cache_read(sch.get_sblock(block.name), found, "global"), part)
+        for copy in panels(sch, block, found, 1, rows):
+            sch.compute_at(copy, part)
+            sch.vectorize(sch.get_loops(copy)[-1])
 
 
 def _add_layers(sch: Schedule, layers: Block, part: LoopRV) -> None:

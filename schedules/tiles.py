@@ -98,6 +98,19 @@ def divisors(n: int, most: int) -> list[int]:
     return [d for d in range(1, min(n, most) + 1) if n % d == 0]
 
 
+def split_tile(
+    sch: Schedule, loops: Sequence[LoopRV] | Mapping[int, LoopRV], shape: Tile
+) -> tuple[list[LoopRV], dict[int, LoopRV]]:
+    """The loops inside of a tile (rows, columns, lanes), and those that run over tiles, by axis."""
+    outer: dict[int, LoopRV] = {}
+    inner: list[LoopRV] = []
+    for axis, size in shape.rows:
+        outer[axis], row = sch.split(loops[axis], factors=[None, size])
+        inner.append(row)
+    outer[shape.axis], column, lane = sch.split(loops[shape.axis], factors=[None, shape.columns, shape.lanes])
+    return [*inner, column, lane], outer
+
+
 def leave_registers(sch: Schedule, epilogue: SBlockRV, at: LoopRV, device: Device) -> None:
     """Write a tile of results, vector by vector."""
     finish_at(sch, epilogue, at)

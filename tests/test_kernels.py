@@ -14,7 +14,7 @@ from torch.nn import functional
 from tvm import relax
 from tvm.relax.op.grad import avg_pool2d_backward, max_pool2d_backward, take_backward
 
-from tvmtrain import operators
+from tvmtrain import kernels, operators
 
 # Every example is compiled: few of them, without a deadline.
 slow = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -97,6 +97,16 @@ def check_convolution(case: Convolution) -> None:
 @given(convolutions)
 def test_convolutions(case: Convolution) -> None:
     check_convolution(case)
+
+
+@slow
+@given(convolutions)
+def test_weights_of_large_maps_part_by_part(case: Convolution) -> None:
+    """As of maps that are too large for a cache, with a cache of a few numbers."""
+    with pytest.MonkeyPatch.context() as small:
+        for name, size in (("LARGE_MAP", 2), ("LARGEST_PART", 64), ("LARGEST_PARTIAL", 48)):
+            small.setattr(kernels, name, size)
+        check_convolution(case)
 
 
 @slow

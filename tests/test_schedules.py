@@ -109,6 +109,16 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[tuple[int, 
         lambda x, w, s: np.maximum(np.einsum("nchw,oc->nohw", x, w[:, :, 0, 0]) + s, 0),
         ((8, 48, 4, 4), (40, 48, 1, 1), (40, 1, 1)),
     ),
+    "pointwise, a weight in panels": (
+        lambda x, w, gy: operators.conv2d_dgrad(R.nn.conv2d(x, w), gy),
+        lambda x, w, gy: np.einsum("nohw,oc->nchw", gy, w[:, :, 0, 0]),
+        ((8, 72, 8, 8), (400, 72, 1, 1), (8, 400, 8, 8)),
+    ),
+    "pointwise, forward in panels": (
+        lambda x, w: R.nn.conv2d(x, w),
+        lambda x, w: np.einsum("nchw,oc->nohw", x, w[:, :, 0, 0]),
+        ((4, 520, 16, 16), (136, 520, 1, 1)),
+    ),
     "matmul, then more": (
         lambda a, b, c, d: R.add(R.nn.relu(R.add(R.matmul(a, b), c)), d),
         lambda a, b, c, d: np.maximum(a @ b + c, 0) + d,
@@ -206,6 +216,26 @@ def test_strips_are_brought_together() -> None:
     assert "for o_0, j_0_1 in T.grid(T.int64(8), T.int64(32))" in few, "each tile of rows writes runs of 32 strips"
 
 
+def test_a_weight_that_all_columns_read_anew_is_brought_into_panels() -> None:
+    """dX goes across the weight's rows, and 128 KB are more than the columns leave in the cache; 16 KB are not."""
+
+    def dgrad(x: relax.Expr, w: relax.Expr, gy: relax.Expr) -> relax.Expr:
+        return operators.conv2d_dgrad(R.nn.conv2d(x, w), gy)
+
+    panels = "T.sblock_alloc_buffer((T.int64(16), T.int64(512), T.int64(1), T.int64(1), T.int64(4)))"
+    assert panels in scheduled(dgrad, (8, 64, 8, 8), (512, 64, 1, 1), (8, 512, 8, 8), device=AVX512)
+    assert "v1_global" not in scheduled(dgrad, (8, 64, 8, 8), (64, 64, 1, 1), (8, 64, 8, 8), device=AVX512)
+
+
+def test_what_parts_of_a_large_map_add_to_a_weight_stays_in_registers() -> None:
+    text = scheduled(updated, (8, 256, 48, 48), (256, 256, 1, 1), (8, 256, 48, 48), device=AVX512)
+    (tile,) = [line for line in text.splitlines() if "wgrad_local = " in line]
+    assert 'scope="local"' in tile
+    before, after = text.split('T.sblock("wgrad_part_init")')
+    assert before.count("T.parallel") == 1
+    assert 'T.sblock("channels_last_local_o")' in after, "parts are copied one by one"
+
+
 def test_copies_across_rows_are_shuffled_in_registers() -> None:
     shapes = (8, 96, 8, 8), (24, 96, 1, 1), (8, 24, 8, 8)
     assert "T.Shuffle" in scheduled(updated, *shapes)
@@ -215,7 +245,9 @@ def test_copies_across_rows_are_shuffled_in_registers() -> None:
 
 def test_a_small_weight_is_updated_as_soon_as_its_gradient_is_there() -> None:
     assert scheduled(updated, (8, 96, 8, 8), (24, 96, 1, 1), (8, 24, 8, 8)).count("T.parallel") == 1
-    assert scheduled(updated, (8, 640, 4, 4), (320, 640, 1, 1), (8, 320, 4, 4)).count("T.parallel") == 2, "more than the cache"
+    assert scheduled(updated, (8, 640, 4, 4), (320, 640, 1, 1), (8, 320, 4, 4)).count("T.parallel") == 3, (
+        "panels, then more than the cache"
+    )
 
 
 def test_rows_that_one_tile_reads_are_made_there() -> None:

@@ -21,7 +21,7 @@ from tvm.relax.transform.legalize_ops.common import register_legalize
 
 from tvmtrain.legalize_once import Legalization
 from tvmtrain.operators import DGRAD, PACKED_CONV, WGRAD
-from tvmtrain.schedules.blocks import KEPT, STRIDES
+from tvmtrain.schedules.blocks import ACCUMULATED, KEPT, STRIDES
 from tvmtrain.schedules.strips import LINE, RUN
 from tvmtrain.strided import (
     ROW,
@@ -491,7 +491,7 @@ def _summed(product: Callable, conv: _Conv, shape: tuple[int, ...]) -> te.Tensor
     high, wide = conv.rows.out, conv.columns.out
     n, v = te.reduce_axis((0, conv.batch), "n"), te.reduce_axis((0, wide), "x")
     parts = conv.batch * (count := _parts_of_image(high, wide * shape[-1]))
-    if conv.batch * high * wide < LARGE_MAP or parts == 1 or parts * prod(shape) > LARGEST_PARTIAL:
+    if conv.batch * high * wide < LARGE_MAP or parts == 1:
         y = te.reduce_axis((0, high), "y")
         return te.compute(shape, lambda *at: te.sum(product(n, y, v, *at), axis=[n, y, v]), name="wgrad")
     y = te.reduce_axis((0, high // count), "y")
@@ -499,8 +499,21 @@ def _summed(product: Callable, conv: _Conv, shape: tuple[int, ...]) -> te.Tensor
     def in_part(m: Any, *at: Any) -> Any:
         return te.sum(product(m // count, m % count * (high // count) + y, v, *at), axis=[y, v])
 
+    if parts * prod(shape) > LARGEST_PARTIAL:
+        return _accumulated(in_part, parts, shape)
     partial, part = te.compute((parts, *shape), in_part, name="wgrad"), te.reduce_axis((0, parts), "part")
     return te.compute(shape, lambda *at: te.sum(partial[(part, *at)], axis=[part]), name="wgrad_parts")
+
+
+def _accumulated(in_part: Callable, parts: int, shape: tuple[int, ...]) -> te.Tensor:
+    """The sum of in_part(m, *place) over ``parts``; those of a group are added one after the other."""
+    groups = next(g for g in range(parts, 0, -1) if parts % g == 0 and (g == 1 or g * prod(shape) <= LARGEST_PARTIAL))
+    each, part, group = parts // groups, te.reduce_axis((0, parts // groups), "part"), te.reduce_axis((0, groups), "group")
+    partial = te.compute((groups, each, *shape), lambda g, m, *at: in_part(g * each + m, *at), name="wgrad")
+    sums = te.compute(
+        (groups, *shape), lambda g, *at: te.sum(partial[(g, part, *at)], axis=[part]), name="wgrad_part", attrs={ACCUMULATED: 1}
+    )
+    return te.compute(shape, lambda *at: te.sum(sums[(group, *at)], axis=[group]), name="wgrad_parts")
 
 
 def _parts_of_image(high: int, row: int) -> int:

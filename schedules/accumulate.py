@@ -1,0 +1,65 @@
+"""A long reduction by parts: what a part adds to all results is added to them before the next part is read.
+
+    for part: for each tile: acc = sum over the part; y[tile] += acc
+
+All tiles of a part read the same rows, which stay in a core's cache; a tile that runs through all parts finds none of its rows there.
+"""
+
+from __future__ import annotations
+
+from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import LoopRV
+
+from tvmtrain.schedules import transposing
+from tvmtrain.schedules.blocks import ACCUMULATED, Block
+from tvmtrain.schedules.copies import bring, made_for
+from tvmtrain.schedules.decisions import Decisions
+from tvmtrain.schedules.sharing import cores_of, parallel, shared_prefix
+from tvmtrain.schedules.tiles import (
+    extent_of,
+    fill_then_copy,
+    keep_in_registers,
+    leave_registers,
+    one_consumer,
+    register_tile,
+    split_tile,
+)
+from tvmtrain.targets import Device
+
+
+def accumulate(sch: Schedule, block: Block, device: Device, decisions: Decisions) -> bool:
+    """[groups, parts, ..] of a reduction, and the sum over parts: a tile in registers, added to the results of the parts before."""
+    after = one_consumer(sch, block)
+    shape = register_tile(block, device, False, decisions.tile)
+    if after is None or shape is None or ACCUMULATED not in after.source.annotations:
+        return False
+    rv, total = sch.get_sblock(block.name), sch.get_sblock(after.name)
+    loops = sch.get_loops(rv)
+    inner, outer_of = split_tile(sch, loops, shape)
+    own, rows = _parts(block, after), [axis for axis, _ in shape.rows]
+    free = [loops[a] for a in block.spatial if a not in (own, shape.axis, *rows)]
+    part, tiles = loops[own], [outer_of[a] for a in (shape.axis, *rows)]
+    reductions = [loops[a] for a in block.reductions]
+    shared = shared_prefix([extent_of(sch, loop) for loop in free], cores_of(device, decisions))
+    sch.reorder(*free[:shared], part, *free[shared:], *tiles, *reductions, *inner)
+    parallel(sch, free, shared)
+    _bring_all(sch, block, (part, *free[shared:])[-1], device, shape.columns * shape.lanes)
+    sch.set_scope(rv, 0, "local")
+    leave_registers(sch, total, tiles[-1], device)
+    sch.decompose_reduction(total, part)
+    keep_in_registers(sch, rv, inner, reductions[0])
+    return True
+
+
+def _parts(block: Block, after: Block) -> int:
+    """The axis over whose results ``after`` sums."""
+    access = next(r for r in after.reads if r.buffer.same_as(block.write.buffer))
+    summed = [at.same_as(after.variables[after.reductions[0]]) for at in access.index].index(True)
+    return [variable.same_as(block.write.index[summed]) for variable in block.variables].index(True)
+
+
+def _bring_all(sch: Schedule, block: Block, at: LoopRV, device: Device, width: int) -> None:
+    """Copies for this block alone are made part by part."""
+    for producer, _ in list(made_for(sch, block)):
+        for copied in bring(sch, producer.name, at, device, width % transposing.ROWS == 0):
+            fill_then_copy(sch, copied, at)
