@@ -28,7 +28,7 @@ from tvmtrain.targets import Device
 
 
 def accumulate(sch: Schedule, block: Block, device: Device, decisions: Decisions) -> bool:
-    """[groups, parts, ..] of a reduction, and the sum over parts: a tile in registers, added to the results of the parts before."""
+    """[groups, .. parts, ..] of a reduction, and the sum over parts: a tile in registers, added to the results of the parts before."""
     after = one_consumer(sch, block)
     shape = register_tile(block, device, False, decisions.tile)
     if after is None or shape is None or ACCUMULATED not in after.source.annotations:
@@ -37,25 +37,26 @@ def accumulate(sch: Schedule, block: Block, device: Device, decisions: Decisions
     loops = sch.get_loops(rv)
     inner, outer_of = split_tile(sch, loops, shape)
     own, rows = _parts(block, after), [axis for axis, _ in shape.rows]
-    free = [loops[a] for a in block.spatial if a not in (own, shape.axis, *rows)]
-    part, tiles = loops[own], [outer_of[a] for a in (shape.axis, *rows)]
+    free = [loops[a] for a in block.spatial if a not in (*own, shape.axis, *rows)]
+    parts, tiles = [loops[a] for a in own], [outer_of[a] for a in (shape.axis, *rows)]
     reductions = [loops[a] for a in block.reductions]
     shared = shared_prefix([extent_of(sch, loop) for loop in free], cores_of(device, decisions))
-    sch.reorder(*free[:shared], part, *free[shared:], *tiles, *reductions, *inner)
+    sch.reorder(*free[:shared], *parts, *free[shared:], *tiles, *reductions, *inner)
     parallel(sch, free, shared)
-    _bring_all(sch, block, (part, *free[shared:])[-1], device, shape.columns * shape.lanes)
+    _bring_all(sch, block, (*parts, *free[shared:])[-1], device, shape.columns * shape.lanes)
     sch.set_scope(rv, 0, "local")
     leave_registers(sch, total, tiles[-1], device)
-    sch.decompose_reduction(total, part)
+    sch.decompose_reduction(total, parts[0])
     keep_in_registers(sch, rv, inner, reductions[0])
     return True
 
 
-def _parts(block: Block, after: Block) -> int:
-    """The axis over whose results ``after`` sums."""
+def _parts(block: Block, after: Block) -> list[int]:
+    """The axes over whose results ``after`` sums."""
     access = next(r for r in after.reads if r.buffer.same_as(block.write.buffer))
-    summed = [at.same_as(after.variables[after.reductions[0]]) for at in access.index].index(True)
-    return [variable.same_as(block.write.index[summed]) for variable in block.variables].index(True)
+    summed = [after.variables[a] for a in after.reductions]
+    places = [made for made, read in zip(block.write.index, access.index, strict=True) if any(read.same_as(v) for v in summed)]
+    return [a for a, variable in enumerate(block.variables) if any(place.same_as(variable) for place in places)]
 
 
 def _bring_all(sch: Schedule, block: Block, at: LoopRV, device: Device, width: int) -> None:

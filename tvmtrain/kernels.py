@@ -496,24 +496,26 @@ def _summed(product: Callable, conv: _Conv, shape: tuple[int, ...]) -> te.Tensor
         return te.compute(shape, lambda *at: te.sum(product(n, y, v, *at), axis=[n, y, v]), name="wgrad")
     y = te.reduce_axis((0, high // count), "y")
 
-    def in_part(m: Any, *at: Any) -> Any:
-        return te.sum(product(m // count, m % count * (high // count) + y, v, *at), axis=[y, v])
+    def in_part(n: Any, p: Any, *at: Any) -> Any:
+        return te.sum(product(n, p * (high // count) + y, v, *at), axis=[y, v])
 
     if parts * prod(shape) > LARGEST_PARTIAL:
-        return _accumulated(in_part, parts, shape)
-    partial, part = te.compute((parts, *shape), in_part, name="wgrad"), te.reduce_axis((0, parts), "part")
+        return _accumulated(in_part, conv.batch, count, shape)
+    partial = te.compute((parts, *shape), lambda m, *at: in_part(m // count, m % count, *at), name="wgrad")
+    part = te.reduce_axis((0, parts), "part")
     return te.compute(shape, lambda *at: te.sum(partial[(part, *at)], axis=[part]), name="wgrad_parts")
 
 
-def _accumulated(in_part: Callable, parts: int, shape: tuple[int, ...]) -> te.Tensor:
-    """The sum of in_part(m, *place) over ``parts``; those of a group are added one after the other."""
-    groups = next(g for g in range(parts, 0, -1) if parts % g == 0 and (g == 1 or g * prod(shape) <= LARGEST_PARTIAL))
-    each, part, group = parts // groups, te.reduce_axis((0, parts // groups), "part"), te.reduce_axis((0, groups), "group")
-    partial = te.compute((groups, each, *shape), lambda g, m, *at: in_part(g * each + m, *at), name="wgrad")
+def _accumulated(in_part: Callable, batch: int, parts: int, shape: tuple[int, ...]) -> te.Tensor:
+    """The sum of in_part(n, part, *place) over images and their parts; those of a group of images are added one after the other."""
+    groups = next((g for g in range(batch, 1, -1) if batch % g == 0 and g * prod(shape) <= LARGEST_PARTIAL), 1)
+    each = batch // groups
+    i, p, g = (te.reduce_axis((0, size), name) for size, name in ((each, "i"), (parts, "p"), (groups, "g")))
+    partial = te.compute((groups, each, parts, *shape), lambda g, i, p, *at: in_part(g * each + i, p, *at), name="wgrad")
     sums = te.compute(
-        (groups, *shape), lambda g, *at: te.sum(partial[(g, part, *at)], axis=[part]), name="wgrad_part", attrs={ACCUMULATED: 1}
+        (groups, *shape), lambda g, *at: te.sum(partial[(g, i, p, *at)], axis=[i, p]), name="wgrad_part", attrs={ACCUMULATED: 1}
     )
-    return te.compute(shape, lambda *at: te.sum(sums[(group, *at)], axis=[group]), name="wgrad_parts")
+    return te.compute(shape, lambda *at: te.sum(sums[(g, *at)], axis=[g]), name="wgrad_parts")
 
 
 def _parts_of_image(high: int, row: int) -> int:
