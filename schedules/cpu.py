@@ -37,9 +37,11 @@ from tvmtrain.schedules.interleave import interleave
 from tvmtrain.schedules.panels import bring_panels
 from tvmtrain.schedules.sharing import busy, cores_of, parallel, shared_prefix
 from tvmtrain.schedules.side_by_side import side_by_side
-from tvmtrain.schedules.strips import bring_strips
+from tvmtrain.schedules.strips import bring_strips, in_strips
 from tvmtrain.schedules.tiles import (
+    IN_STRIPS,
     LARGEST_TILE,
+    ON_MAPS,
     PARALLEL,
     Tile,
     extent_of,
@@ -172,9 +174,10 @@ def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions, step
     """
     rv = sch.get_sblock(block.name)
     epilogue, cut = epilogue_of(sch, block, device) if block.reduction else (None, False)
-    shape = register_tile(block, device, cut, decisions.tile) if block.reduction else None
+    most = IN_STRIPS if any(in_strips(block, read) for read in block.reads) else ON_MAPS
+    shape = register_tile(block, device, cut, decisions.tile, most) if block.reduction else None
     if shape is None and cut:
-        epilogue, shape = None, register_tile(block, device, False, decisions.tile)
+        epilogue, shape = None, register_tile(block, device, False, decisions.tile, most)
     if shape is None:
         return False
     loops = sch.get_loops(rv)
@@ -260,7 +263,7 @@ def chain(sch: Schedule, product: Block, reader: Block, device: Device, decision
 
     Raises one of ``FAILURES`` where they do not fit each other.
     """
-    shape = register_tile(product, device, False, decisions.tile)
+    shape = register_tile(product, device, False, decisions.tile, ON_MAPS)
     if shape is None or [axis for axis, _ in shape.rows] != [1]:
         raise ValueError("tiles of other axes than channels")
     channels = _channels_together(product, shape.rows[0][1], device, decisions)

@@ -18,6 +18,8 @@ from tvmtrain.targets import Device
 PARALLEL = 16384
 # Tiles of up to this many results along one axis; more registers than any processor has would be needed beyond.
 LARGEST_TILE = 16
+# Vectors side by side in a tile, at most: of columns that were brought into strips, and of rows of a map that are read as they lie.
+IN_STRIPS, ON_MAPS = 4, 7
 # Bytes after which places of a nearest cache begin anew: what lies so far apart shares a set of a few lines.
 WAY = 4096
 # Statements to which the code that follows a tile may be unrolled.
@@ -34,10 +36,11 @@ class Tile:
     rows: tuple[tuple[int, int], ...]
 
 
-def register_tile(block: Block, device: Device, whole: bool, rank: int = 0) -> Tile | None:
+def register_tile(block: Block, device: Device, whole: bool, rank: int = 0, most: int = IN_STRIPS) -> Tile | None:
     """The register tile of a reduction, of whole rows if asked for; None if no axis of the result can be a vector.
 
     rank: 0 for the tile with most arithmetic for each value loaded, 1 for the next one; after the last the first comes again.
+    most: vectors side by side.
     """
     axis = vector_axis(block)
     width = lanes_of(block.extents[axis], device) if axis is not None else None
@@ -48,9 +51,11 @@ def register_tile(block: Block, device: Device, whole: bool, rank: int = 0) -> T
     reusing = [a for a in others if any(r.strides[a] == 0 for r in vectors)]
     scalars = [a for a in others if len(block.reads) > 1 and any(r.strides[a] == 0 for r in block.reads)]
     count = block.extents[axis] // width
-    columns = [count] if whole else divisors(count, 4)
-    most = LARGEST_TILE if reusing else 4
-    sizes = {a: divisors(block.extents[a], min(most, _side_by_side(block, axis, a, device))) for a in (reusing or scalars[:1])}
+    columns = [count] if whole else divisors(count, most)
+    tallest = LARGEST_TILE if reusing else 4
+    sizes = {
+        a: divisors(block.extents[a], min(tallest, _side_by_side(block, axis, a, device))) for a in (reusing or scalars[:1])
+    }
     tiles = _tiles(Tile(axis, width, 1, ()), columns, sizes, device.vector_registers)
     return tiles[rank % len(tiles)] if tiles else None
 
