@@ -26,6 +26,7 @@ from math import prod
 from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV
+from tvm.tirx import IndexMap
 
 from tvmtrain.schedules import transposing
 from tvmtrain.schedules.accumulate import accumulate
@@ -44,6 +45,7 @@ from tvmtrain.schedules.tiles import (
     ON_MAPS,
     PARALLEL,
     Tile,
+    divisors,
     extent_of,
     fill_then_copy,
     keep_in_registers,
@@ -60,6 +62,8 @@ from tvmtrain.targets import Device
 
 # Multiplications to which the taps of a small kernel may be written out.
 LARGEST_TAPS = (128, 32, 512)
+# Bands of rows of one map.
+MOST_BANDS = 16
 # Bytes that the partial sums of one kernel may take.
 LARGEST_PARTIAL = 4 * 2**20
 
@@ -167,10 +171,10 @@ def _pad(sch: Schedule, blocks: Sequence[Block], device: Device) -> bool:
 # --- Reductions -------------------------------------------------------------------------------------------------------------
 
 
-def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions, steps: int = 1) -> bool:
+def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions, steps: int = 1, bands: int = 1) -> bool:
     """Results that lie side by side: a tile of them in registers, the reduction around it, cores over the tiles.
 
-    steps: how many of the steps that the cores share are one of their tasks.
+    steps: how many of the steps that the cores share are one of their tasks. bands: of rows, all of one for all channels of an image.
     """
     rv = sch.get_sblock(block.name)
     epilogue, cut = epilogue_of(sch, block, device) if block.reduction else (None, False)
@@ -189,6 +193,8 @@ def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions, step
     counts = [extent_of(sch, loop) for loop in outer]
     shared, private = _share(sch, block, axes, counts, cores_of(device, decisions)) if block.volume >= PARALLEL else (0, [])
     by_rows = [] if decisions.order else [each for each in read_by_rows(sch, block, shape, device) if each not in private]
+    if bands > 1:
+        outer, shared = _in_bands(sch, outer, axes.index(2), bands), shared + 1
     outer = parallel(sch, outer, shared, steps)
     lines = shape.columns * shape.lanes % transposing.ROWS == 0
     copies = [(copied, outer[0]) for producer in private for copied in bring(sch, producer, outer[0], device, lines)]
@@ -207,6 +213,17 @@ def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions, step
         sch.unroll(loop)
     keep_in_registers(sch, rv, inner, reductions[0])
     return True
+
+
+def _in_bands(sch: Schedule, outer: Sequence[LoopRV], rows: int, bands: int) -> list[LoopRV]:
+    """The loops over tiles, that over ``rows`` in as many bands or some more: one after the other for each step of the first loop."""
+    loops = list(outer)
+    count = extent_of(sch, loops[rows])
+    cut = min(d for d in divisors(count, count) if d >= min(bands, count))
+    band, loops[rows] = sch.split(loops[rows], factors=[cut, None])
+    loops.insert(1, band)
+    sch.reorder(*loops)
+    return loops
 
 
 def _outer_axes(block: Block, shape: Tile, order: int) -> list[int]:
@@ -261,15 +278,19 @@ def _fit_chain(sch: Schedule, blocks: Sequence[Block], device: Device, decisions
 def chain(sch: Schedule, product: Block, reader: Block, device: Device, decisions: Decisions) -> None:
     """Some channels of one image at a time: the product's results, then all that is computed from them, while they are in the cache.
 
-    Raises one of ``FAILURES`` where they do not fit each other.
+    Of maps so large that what the product reads does not stay there meanwhile, a band of rows at a time: all channels of it, then the
+    next one; the rows that two bands read are computed twice. Raises one of ``FAILURES`` where the two do not fit each other.
     """
-    shape = register_tile(product, device, False, decisions.tile, ON_MAPS)
-    if shape is None or [axis for axis, _ in shape.rows] != [1]:
-        raise ValueError("tiles of other axes than channels")
-    channels = _channels_together(product, shape.rows[0][1], device, decisions)
-    if not tile(sch, reader, device, replace(decisions, tile=0, grain=0), channels):
-        raise ValueError("results that do not lie side by side")
+    rows = _rows_of_channels(product, device, decisions)
+    channels = _channels_together(product, rows.rows[0][1], device, decisions)
+    bands = _bands(sch, product, channels, device)
     rv = sch.get_sblock(product.name)
+    if bands > 1:
+        product = _with_rows(sch, product)
+        rows = _rows_of_channels(product, device, decisions)
+    order = decisions.order if bands == 1 else 0
+    if not tile(sch, reader, device, replace(decisions, tile=0, grain=0, order=order), channels, bands):
+        raise ValueError("results that do not lie side by side")
     end, _ = epilogue_of(sch, product, device)
     if end is None:
         raise ValueError("results that are not read in their order")
@@ -279,13 +300,39 @@ def chain(sch: Schedule, product: Block, reader: Block, device: Device, decision
     sch.set_scope(rv, 0, "local")
     for each in (end, rv):
         sch.compute_at(each, task)
-    row, place, *deep = loops_in(sch, rv, task)
-    if (extent_of(sch, row), extent_of(sch, place)) != (channels, product.extents[2]):
+    channel, *height, place, depth = loops_in(sch, rv, task)
+    if (extent_of(sch, channel), extent_of(sch, place)) != (channels, product.extents[-2]):
         raise ValueError("a task reads other results than those of its channels")
-    inner, outer_of = split_tile(sch, {1: row, 2: place}, shape)
-    sch.reorder(outer_of[2], outer_of[1], *deep, *inner)
+    inner, outer_of = split_tile(sch, {1: channel, rows.axis: place}, rows)
+    sch.reorder(*height, outer_of[rows.axis], outer_of[1], depth, *inner)
     leave_registers(sch, end, outer_of[1], device)
-    keep_in_registers(sch, rv, inner, deep[0])
+    keep_in_registers(sch, rv, inner, depth)
+
+
+def _rows_of_channels(product: Block, device: Device, decisions: Decisions) -> Tile:
+    shape = register_tile(product, device, False, decisions.tile, ON_MAPS)
+    if shape is None or [axis for axis, _ in shape.rows] != [1]:
+        raise ValueError("tiles of other axes than channels")
+    return shape
+
+
+def _bands(sch: Schedule, product: Block, channels: int, device: Device) -> int:
+    """Into how many bands of rows a map is cut, so that the cache holds what a task reads and computes; 1 if rows are no whole vectors."""
+    after = one_consumer(sch, product)
+    if after is None or after.extents[-1] % device.lanes():
+        return 1
+    size = 4 * product.extents[2] * (product.extents[3] + channels)
+    return next((bands for bands in divisors(after.extents[-2], MOST_BANDS) if size <= bands * device.caches.l2 // 2), 1)
+
+
+def _with_rows(sch: Schedule, product: Block) -> Block:
+    """The product over [images, filters, places] with rows and columns for places."""
+    rv, after = sch.get_sblock(product.name), one_consumer(sch, product)
+    width = after.extents[-1] if after else 1
+    places = IndexMap.from_func(lambda n, o, j, c: [n, o, j // width, j % width, c], ndim=4, index_dtype="int64")
+    sch.transform_block_layout(rv, places)
+    sch.transform_layout(rv, ("write", 0), lambda n, o, j: [n, o, j // width, j % width])
+    return known(sch, rv)
 
 
 def _channels_together(product: Block, rows: int, device: Device, decisions: Decisions) -> int:

@@ -133,6 +133,26 @@ def test_numbers_of_some_shapes(batch: int, size: tuple[int, int], stride: int, 
     close(run(block(stride, padded=padded), *arrays)[0], wanted(arrays, stride, padded=padded))
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("size", [(16, 16), (15, 32), (9, 16), (1, 48), (14, 8)])
+@pytest.mark.parametrize("l2", [2**11, 2**13])
+def test_numbers_in_bands_of_rows(l2: int, size: tuple[int, int], kernel: int, stride: int) -> None:
+    arrays = operands(2, 5, 48, size, kernel)
+    (got,) = run(block(stride, kernel), *arrays, device=replace(TINY, vector_bits=128, caches=replace(SMALL, l2=l2)))
+    close(got, wanted(arrays, stride))
+
+
+def test_a_band_of_a_large_map_at_a_time() -> None:
+    """12 channels' results and 7 of the image are 19 KB: two bands of that fill half of the cache."""
+    device = replace(AVX2, caches=replace(SMALL, l2=20 * 1024))
+    (text,) = kernels(operands(2, 7, 24, (16, 16)), block(2), device)
+    assert "T.parallel(T.int64(8))" in text, "two images, two bands, two tiles of six channels twice"
+    assert "T.where(T.int64(1) <=" in text, "the row that the next band computes, too, is not above the map"
+    (text,) = kernels(operands(2, 7, 24, (24, 12)), block(2), device)
+    assert "T.parallel(T.int64(4))" in text, "rows of no whole vectors stay together"
+
+
 @pytest.mark.parametrize(
     "chosen", [Decisions(tile=1), Decisions(tile=3, order=1), Decisions(grain=1), Decisions(grain=2, taps=2)]
 )
