@@ -49,8 +49,9 @@ class _Guard:
     def __post_init__(self) -> None:
         self.ports = dict(zip(signature.outputs(self.function), self.function.body.body.fields, strict=True))
         arguments = dict(zip(signature.inputs(self.function), self.function.params, strict=True))
+        given = set(arguments.values())
         for port, new in self.ports.items():
-            if port[0] in STATE_ROLES and new not in arguments.values():
+            if port[0] in STATE_ROLES and new not in given:
                 self.old[new] = arguments[port]
         self.loss = next(var for (role, _), var in self.ports.items() if role == "loss")
 

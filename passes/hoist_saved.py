@@ -50,10 +50,11 @@ class _Saved(Sides):
         # A result that other pure calls alone read would be kept for nothing.
         tops = [i for i in sorted(self.pure - self.returned) if self.readers[i] - self.pure]
         groups = {i: self.made_of({i}) - self.forward for i in tops}
+        sources = {i: self._sources(group) for i, group in groups.items()}
         chosen: dict[int, set[int]] = {}
         for i in tops:
             # A mask and gathered channels of one activation: only together do they let it die.
-            family = {k: groups[k] for k in tops if self._sources(groups[k]) & self._sources(groups[i])}
+            family = {k: groups[k] for k in tops if not sources[i].isdisjoint(sources[k])}
             chosen |= family if self._smaller(family) else {i: groups[i]} if self._smaller({i: groups[i]}) else {}
         return chosen
 
@@ -77,7 +78,8 @@ class _Saved(Sides):
             while ready:
                 order += ready
                 done.update(ready)
-                ready = [k for k in sorted(moving - done) if self.operands[k] <= done]
+                waiting = set().union(*(self.readers[k] for k in ready)) & moving - done
+                ready = [k for k in sorted(waiting) if self.operands[k] <= done]
         return order
 
 

@@ -136,11 +136,21 @@ def describe(sch: Schedule, block: SBlockRV) -> Block | None:
 def _access(region: Any, variables: Sequence[Any], analyzer: sym.Analyzer) -> Access:
     buffer = buffer_of(region)
     index = tuple(analyzer.simplify(r.min) for r in region.region)
+    return Access(buffer, index, _strides(tuple(buffer.shape), index, variables, analyzer))
+
+
+def _strides(
+    shape: Sequence[Any], index: Sequence[Any], variables: Sequence[Any], analyzer: sym.Analyzer
+) -> tuple[int | None, ...]:
+    if all(isinstance(i, tirx.Var | tirx.IntImm) for i in index) and all(isinstance(d, tirx.IntImm) for d in shape):
+        # Most are: no expression of theirs needs to be made and looked through.
+        steps = [prod(int(d) for d in shape[at + 1 :]) for at in range(len(shape))]
+        return tuple(sum(step for i, step in zip(index, steps, strict=True) if i.same_as(v)) for v in variables)
     place: Any = tirx.const(0, "int64")
-    for dimension, i in zip(buffer.shape, index, strict=True):
+    for dimension, i in zip(shape, index, strict=True):
         place = place * dimension + i
     place = analyzer.simplify(place)
-    return Access(buffer, index, tuple(_stride(place, v) for v in variables))
+    return tuple(_stride(place, v) for v in variables)
 
 
 def buffer_of(region: Any) -> Any:

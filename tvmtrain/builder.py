@@ -20,8 +20,10 @@ from tvmtrain.passes.plan_arena import FIGURES
 from tvmtrain.spec import optimizer_to_dict
 from tvmtrain.targets import Device
 from tvmtrain.timeline import timeline
+from tvmtrain.uncollected import uncollected
 
 
+@uncollected()
 def build(graph: TrainGraph, device: str | Device = "host", *, gradients: bool = False, tuned: bool = True) -> Artifact:
     """The training step of ``graph`` compiled for ``device``: a name from ``targets/``, a ``Device``, or "host".
 
@@ -33,7 +35,7 @@ def build(graph: TrainGraph, device: str | Device = "host", *, gradients: bool =
     linker = codegen.tools(device)
     versions = _versions(device)
     if refusal := cuda_compiler.refusal(versions.get("cuda", ""), device.cuda_toolkit):
-        warnings.warn(f"{device.name}: {refusal}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{device.name}: {refusal}", RuntimeWarning, stacklevel=3)
     if device.arch == targets.architecture():
         # The compiler evaluates constants on the pool that this thread will train with, and a pool cannot grow.
         runtime.use_threads(runtime.default_threads())

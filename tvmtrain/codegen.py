@@ -32,6 +32,27 @@ LEVEL = {"opt-level": 2}
 # TVM's VM calls each kernel with the tensors it was compiled for: no code that checks each argument in each call. And LLVM finds common
 # subexpressions anyway: TVM's own search for them takes its time and makes no kernel faster.
 KERNELS = {"tirx.disable_assert": True, "tirx.disable_cse_tir": True}
+# Passes of TVM's that leave a processor's kernels as they are, or what LLVM drops anyway: the object code is the same without them.
+IDLE = ["tirx.RemoveNoOp"] + [
+    f"s_tir.{name}"
+    for name in (
+        "InferFragment",
+        "InjectPermutedLayout",
+        "InjectSoftwarePipeline",
+        "InjectVirtualThread",
+        "LiftThreadBinding",
+        "LowerAutoCopy",
+        "LowerCrossThreadReduction",
+        "LowerThreadAllreduce",
+        "LowerVtcmAlloc",
+        "ManifestSharedMemoryLocalStage",
+        "MergeSharedMemoryAllocations",
+        "ThreadSync",
+        "TransformMmaBufferLayout",
+        "UnifyThreadBinding",
+        "VerifyVTCMLimit",
+    )
+]
 
 
 @dataclass(frozen=True)
@@ -72,7 +93,7 @@ def generate(planned: tvm.IRModule, device: Device) -> Executable:
             return tvm.compile(
                 planned, target=Target(dict(device.target)), relax_pipeline=_virtual_machine(), tir_pipeline="default"
             )
-    with PassContext(opt_level=3, config=KERNELS):
+    with PassContext(opt_level=3, config=KERNELS, disabled_pass=IDLE):
         return _compile(_virtual_machine()(planned), device)
 
 
@@ -112,7 +133,7 @@ def processor(device: Device) -> Target:
 
 def compiled(kernels: tvm.IRModule, target: Target) -> Module:
     """Native code of scheduled kernels alone, for a processor."""
-    with PassContext(opt_level=3, config=KERNELS):
+    with PassContext(opt_level=3, config=KERNELS, disabled_pass=IDLE):
         return tirx.build(kernels, target=target, pipeline=registers.PIPELINE)
 
 

@@ -18,6 +18,7 @@ from tvmtrain.report import Summary
 from tvmtrain.spec import SGD, Layer, LayerUpdate, Optimizer, UpdatePlan
 from tvmtrain.summarize import summarize
 from tvmtrain.targets import Device
+from tvmtrain.uncollected import uncollected
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ class TrainGraph:
         return values
 
 
+@uncollected()
 def trace(
     model: Any, x: Any, y: Any, *, loss: importer.Loss = "cross_entropy", optimizer: Optimizer | None = None, seed: int = 0
 ) -> TrainGraph:
