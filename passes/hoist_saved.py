@@ -78,6 +78,7 @@ class _Saved(Sides):
             while ready:
                 order += ready
                 done.update(ready)
+                # Whatever moves reads some binding, so that it is ready right after the last of those.
                 waiting = set().union(*(self.readers[k] for k in ready)) & moving - done
                 ready = [k for k in sorted(waiting) if self.operands[k] <= done]
         return order

@@ -7,6 +7,8 @@ All tiles of a part read the same rows, which stay in a core's cache; a tile tha
 
 from __future__ import annotations
 
+from math import prod
+
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV
 
@@ -39,6 +41,8 @@ def accumulate(sch: Schedule, block: Block, device: Device, decisions: Decisions
     own, rows = _parts(block, after), [axis for axis, _ in shape.rows]
     free = [loops[a] for a in block.spatial if a not in (*own, shape.axis, *rows)]
     parts, tiles = [loops[a] for a in own], [outer_of[a] for a in (shape.axis, *rows)]
+    if prod(extent_of(sch, loop) for loop in free) < device.cores:
+        free, tiles = [*free, *tiles[1:]], tiles[:1]
     reductions = [loops[a] for a in block.reductions]
     shared = shared_prefix([extent_of(sch, loop) for loop in free], cores_of(device, decisions))
     sch.reorder(*free[:shared], *parts, *free[shared:], *tiles, *reductions, *inner)

@@ -62,8 +62,8 @@ from tvmtrain.targets import Device
 
 # Multiplications to which the taps of a small kernel may be written out.
 LARGEST_TAPS = (128, 32, 512)
-# Bands of rows of one map.
-MOST_BANDS = 16
+# Register tiles that are looked at.
+TILES = 16
 # Bytes that the partial sums of one kernel may take.
 LARGEST_PARTIAL = 4 * 2**20
 
@@ -108,6 +108,8 @@ def _fit(sch: Schedule, block: Block, device: Device, decisions: Decisions) -> S
         with suppress(*FAILURES):
             if template(trial, block, device, decisions):
                 fitting.append(trial)
+                if template is accumulate:  # any other would keep what all parts add
+                    return trial
         if len(fitting) > decisions.template:
             break
     return fitting[-1] if fitting else sch
@@ -216,7 +218,7 @@ def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions, step
 
 
 def _in_bands(sch: Schedule, outer: Sequence[LoopRV], rows: int, bands: int) -> list[LoopRV]:
-    """The loops over tiles, that over ``rows`` in as many bands or some more: one after the other for each step of the first loop."""
+    """The loops over tiles, that over ``rows`` in as many bands or some more, all of one for each step of the first loop."""
     loops = list(outer)
     count = extent_of(sch, loops[rows])
     cut = min(d for d in divisors(count, count) if d >= min(bands, count))
@@ -283,11 +285,11 @@ def chain(sch: Schedule, product: Block, reader: Block, device: Device, decision
     """
     rows = _rows_of_channels(product, device, decisions)
     channels = _channels_together(product, rows.rows[0][1], device, decisions)
-    bands = _bands(sch, product, channels, device)
+    bands = _bands(sch, product, reader, channels, device)
     rv = sch.get_sblock(product.name)
     if bands > 1:
         product = _with_rows(sch, product)
-        rows = _rows_of_channels(product, device, decisions)
+        rows = _rows_of_channels(product, device, decisions, channels)
     order = decisions.order if bands == 1 else 0
     if not tile(sch, reader, device, replace(decisions, tile=0, grain=0, order=order), channels, bands):
         raise ValueError("results that do not lie side by side")
@@ -309,20 +311,26 @@ def chain(sch: Schedule, product: Block, reader: Block, device: Device, decision
     keep_in_registers(sch, rv, inner, depth)
 
 
-def _rows_of_channels(product: Block, device: Device, decisions: Decisions) -> Tile:
-    shape = register_tile(product, device, False, decisions.tile, ON_MAPS)
-    if shape is None or [axis for axis, _ in shape.rows] != [1]:
-        raise ValueError("tiles of other axes than channels")
-    return shape
+def _rows_of_channels(product: Block, device: Device, decisions: Decisions, channels: int = 0) -> Tile:
+    """The tile of channels that is decided on, or the next one that divides ``channels``."""
+    for rank in range(decisions.tile, decisions.tile + (TILES if channels else 1)):
+        shape = register_tile(product, device, False, rank, ON_MAPS)
+        if shape is not None and [axis for axis, _ in shape.rows] == [1] and channels % shape.rows[0][1] == 0:
+            return shape
+    raise ValueError("tiles of other axes than channels")
 
 
-def _bands(sch: Schedule, product: Block, channels: int, device: Device) -> int:
-    """Into how many bands of rows a map is cut, so that the cache holds what a task reads and computes; 1 if rows are no whole vectors."""
+def _bands(sch: Schedule, product: Block, reader: Block, channels: int, device: Device) -> int:
+    """Into how many bands of rows a map is cut, so that half of the cache holds what a task reads and computes.
+
+    1 where rows are no whole vectors, or where bands would compute more than a quarter of their rows twice.
+    """
     after = one_consumer(sch, product)
-    if after is None or after.extents[-1] % device.lanes():
+    if after is None or len(after.extents) != 4 or after.extents[-1] % device.lanes():
         return 1
-    size = 4 * product.extents[2] * (product.extents[3] + channels)
-    return next((bands for bands in divisors(after.extents[-2], MOST_BANDS) if size <= bands * device.caches.l2 // 2), 1)
+    size, twice = 4 * product.extents[2] * (product.extents[3] + channels), reader.extents[5] - 1
+    most = after.extents[-2] // (4 * twice) if twice else 1
+    return next((bands for bands in divisors(after.extents[-2], most) if size <= bands * device.caches.l2 // 2), 1)
 
 
 def _with_rows(sch: Schedule, product: Block) -> Block:

@@ -48,9 +48,9 @@ def _misses(block: Block, read: Access, axis: int, columns: int, device: Device)
 
 def panels(sch: Schedule, block: Block, operand: int, axis: int, rows: int) -> list[SBlockRV]:
     """A copy of what ``block`` reads as its ``operand``, in panels of ``rows`` steps along ``axis``; none where that is not an index."""
-    index = block.reads[operand].index
+    index, shape = block.reads[operand].index, block.reads[operand].buffer.shape
     found = next((d for d, at in enumerate(index) if at.same_as(block.variables[axis])), None)
-    if found is None:
+    if found is None or int(shape[found]) % rows:
         return []
 
     def panel(*at: Any) -> Sequence[Any]:

@@ -77,7 +77,8 @@ def _weights_at_hand(sch: Schedule, block: Block, part: LoopRV, rows: int) -> No
     if found is not None and strides[1] is not None and strides[1] < (strides[4] or 0):
         for copy in panels(sch, block, found, 1, rows):
             sch.compute_at(copy, part)
-            sch.vectorize(sch.get_loops(copy)[-1])
+            if rows > 1:
+                sch.vectorize(sch.get_loops(copy)[-1])
 
 
 def _add_layers(sch: Schedule, layers: Block, part: LoopRV) -> None:

@@ -21,7 +21,9 @@ from tvm.relax.op.grad import max_pool2d_backward
 from tvm.s_tir import Schedule
 
 from tvmtrain import filtering, lowering, operators, registers, schedules, targets
+from tvmtrain.schedules import cpu
 from tvmtrain.schedules.blocks import FAILURES
+from tvmtrain.schedules.decisions import Decisions
 from tvmtrain.targets import Device
 
 rng = np.random.default_rng(0)
@@ -234,6 +236,20 @@ def test_what_parts_of_a_large_map_add_to_a_weight_stays_in_registers() -> None:
     before, after = text.split('T.sblock("wgrad_part_init")')
     assert before.count("T.parallel") == 1
     assert 'T.sblock("channels_last_local_o")' in after, "parts are copied one by one"
+
+
+def test_what_parts_add_is_never_kept_for_all_of_them() -> None:
+    """Not by other decisions, and not where a kernel's schedule does not add it up."""
+    shapes = (8, 256, 48, 48), (256, 256, 1, 1), (8, 256, 48, 48)
+    fused = lowering.fuse(module(updated, *(array(*s) for s in shapes)), AVX512)
+    (kernel,) = [f for f in fused.functions.values() if isinstance(f, tirx.PrimFunc)]
+    assert "wgrad_local = " in cpu.schedule(kernel, AVX512, Decisions(template=1)).script(), "a tile of one part"
+    for device, channels in ((targets.load("jetson-nano"), 256), (AVX512, 3)):
+        shapes = (8, channels, 96, 96), (512, channels, 3, 3), (8, 512, 94, 94)
+        text = lowering.fuse(
+            module(lambda x, w, gy: operators.conv2d_wgrad(R.nn.conv2d(x, w), gy), *(array(*s) for s in shapes)), device
+        )
+        assert ("wgrad_part" in text.script()) == (channels == 3)
 
 
 def test_copies_across_rows_are_shuffled_in_registers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -17,16 +18,20 @@ import models
 import pytest
 import torch
 import toy
+import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cuda import compiler_for
 from torch import nn
+from tvm.ir.instrument import PassTimingInstrument
+from tvm.ir.transform import PassContext
 from tvm.target import Target
 from tvm.target import codegen as llvm
 
 import tvmtrain as tt
-from tvmtrain import artifact, builder, codegen, cuda_compiler, elf, features, targets, toolchain
+from tvmtrain import artifact, builder, codegen, cuda_compiler, elf, features, lowering, registers, targets, toolchain
 from tvmtrain.errors import ArtifactError, DeviceError
+from tvmtrain.uncollected import uncollected
 
 ROOT = Path(__file__).resolve().parents[1]
 TRIPLE = "aarch64-linux-gnu"
@@ -292,3 +297,40 @@ def test_a_damaged_file_is_an_error_and_nothing_else(own_library: bytes, data: s
 def test_what_is_no_library_is_named() -> None:
     with pytest.raises(DeviceError, match=r"lib\.so is no sound native library"):
         elf.read(b"MZ" + bytes(100), "lib.so")
+
+
+def test_the_passes_that_are_left_out_change_no_object_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a step with shuffled copies, guarded rows and tasks; and each is a pass that would have run."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU6(), nn.Conv2d(16, 24, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    graph = tt.trace(model, torch.randn(2, 3, 17, 17), torch.tensor([1, 2]))
+    device = targets.load("host")
+    planned = lowering.plan(lowering.lower(graph.module(), device))
+    kernels = tvm.IRModule({n.name_hint: f for n, f in planned.functions_items() if isinstance(f, tvm.tirx.PrimFunc)})
+    kernels = tvm.IRModule({n.name_hint: f.with_attr("global_symbol", n.name_hint) for n, f in kernels.functions_items()})
+    codes = []
+    for idle in (codegen.IDLE, []):
+        monkeypatch.setattr(codegen, "IDLE", idle)
+        codegen.compiled(kernels, codegen.processor(device)).write_to_file(str(tmp_path / "code.o"))
+        codes.append((tmp_path / "code.o").read_bytes())
+    assert codes[0] == codes[1]
+    timing = PassTimingInstrument()
+    with PassContext(opt_level=3, config=codegen.KERNELS, instruments=[timing]):
+        tvm.tirx.build(kernels, target=codegen.processor(device), pipeline=registers.PIPELINE)
+        ran = timing.render()
+    monkeypatch.undo()
+    assert [name for name in codegen.IDLE if f"{name}:" not in ran] == []
+
+
+def test_the_garbage_collector_is_as_it_was_before() -> None:
+    with suppress(KeyError), uncollected():
+        assert not gc.isenabled()
+        raise KeyError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with uncollected():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

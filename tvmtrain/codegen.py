@@ -32,7 +32,8 @@ LEVEL = {"opt-level": 2}
 # TVM's VM calls each kernel with the tensors it was compiled for: no code that checks each argument in each call. And LLVM finds common
 # subexpressions anyway: TVM's own search for them takes its time and makes no kernel faster.
 KERNELS = {"tirx.disable_assert": True, "tirx.disable_cse_tir": True}
-# Passes of TVM's that leave a processor's kernels as they are, or what LLVM drops anyway: the object code is the same without them.
+# Passes of TVM's that leave a processor's kernels as they are, or what LLVM drops anyway: the object code is the same without them
+# (tests/test_toolchain.py).
 IDLE = ["tirx.RemoveNoOp"] + [
     f"s_tir.{name}"
     for name in (

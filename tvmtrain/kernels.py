@@ -475,7 +475,7 @@ def _wgrad_over_channels(x: te.Tensor, gy: te.Tensor, conv: _Conv, plain: bool) 
         row, column = y * rows.stride + ky * rows.dilation, v * columns.stride + kx * columns.dilation
         return gy[n, o, y, v] * source[i, n, row, column, c]
 
-    taps = _summed(product, conv, (rows.kernel, columns.kernel, conv.filters, *_blocks(source)))
+    taps = _summed(product, conv, (rows.kernel, columns.kernel, conv.filters, *_blocks(source)), plain)
     shape = (conv.filters, wide, rows.kernel, columns.kernel)
     return te.compute(shape, lambda o, c, ky, kx: taps[ky, kx, o, c // block, c % block], name="wgrad_taps")
 
@@ -486,12 +486,16 @@ def _blocks(source: te.Tensor) -> tuple[int, int]:
     return shape[0], shape[-1]
 
 
-def _summed(product: Callable, conv: _Conv, shape: tuple[int, ...]) -> te.Tensor:
-    """The sum of product(n, y, x, *place) over images and places; large maps by parts of an image that are read from the cache."""
+def _summed(product: Callable, conv: _Conv, shape: tuple[int, ...], plain: bool) -> te.Tensor:
+    """The sum of product(n, y, x, *place) over images and places; large maps by parts of an image that are read from the cache.
+
+    plain: on a processor, whose schedule adds up in place what parts of whole vectors would else need too much memory for.
+    """
     high, wide = conv.rows.out, conv.columns.out
     n, v = te.reduce_axis((0, conv.batch), "n"), te.reduce_axis((0, wide), "x")
     parts = conv.batch * (count := _parts_of_image(high, wide * shape[-1]))
-    if conv.batch * high * wide < LARGE_MAP or parts == 1:
+    many = parts * prod(shape) > LARGEST_PARTIAL
+    if conv.batch * high * wide < LARGE_MAP or parts == 1 or (many and not (plain and shape[-1] % ROW == 0)):
         y = te.reduce_axis((0, high), "y")
         return te.compute(shape, lambda *at: te.sum(product(n, y, v, *at), axis=[n, y, v]), name="wgrad")
     y = te.reduce_axis((0, high // count), "y")
@@ -499,7 +503,7 @@ def _summed(product: Callable, conv: _Conv, shape: tuple[int, ...]) -> te.Tensor
     def in_part(n: Any, p: Any, *at: Any) -> Any:
         return te.sum(product(n, p * (high // count) + y, v, *at), axis=[y, v])
 
-    if parts * prod(shape) > LARGEST_PARTIAL:
+    if many:
         return _accumulated(in_part, conv.batch, count, shape)
     partial = te.compute((parts, *shape), lambda m, *at: in_part(m // count, m % count, *at), name="wgrad")
     part = te.reduce_axis((0, parts), "part")
@@ -509,13 +513,20 @@ def _summed(product: Callable, conv: _Conv, shape: tuple[int, ...]) -> te.Tensor
 def _accumulated(in_part: Callable, batch: int, parts: int, shape: tuple[int, ...]) -> te.Tensor:
     """The sum of in_part(n, part, *place) over images and their parts; those of a group of images are added one after the other."""
     groups = next((g for g in range(batch, 1, -1) if batch % g == 0 and g * prod(shape) <= LARGEST_PARTIAL), 1)
-    each = batch // groups
-    i, p, g = (te.reduce_axis((0, size), name) for size, name in ((each, "i"), (parts, "p"), (groups, "g")))
+    each, attrs = batch // groups, {ACCUMULATED: 1}
+    image, part, group = (te.reduce_axis((0, size), name) for size, name in ((each, "i"), (parts, "p"), (groups, "g")))
     partial = te.compute((groups, each, parts, *shape), lambda g, i, p, *at: in_part(g * each + i, p, *at), name="wgrad")
+    if groups == 1:
+        return te.compute(
+            shape, lambda *at: te.sum(partial[(0, image, part, *at)], axis=[image, part]), name="wgrad_part", attrs=attrs
+        )
     sums = te.compute(
-        (groups, *shape), lambda g, *at: te.sum(partial[(g, i, p, *at)], axis=[i, p]), name="wgrad_part", attrs={ACCUMULATED: 1}
+        (groups, *shape),
+        lambda g, *at: te.sum(partial[(g, image, part, *at)], axis=[image, part]),
+        name="wgrad_part",
+        attrs=attrs,
     )
-    return te.compute(shape, lambda *at: te.sum(sums[(g, *at)], axis=[g]), name="wgrad_parts")
+    return te.compute(shape, lambda *at: te.sum(sums[(group, *at)], axis=[group]), name="wgrad_parts")
 
 
 def _parts_of_image(high: int, row: int) -> int:
@@ -537,7 +548,7 @@ def _wgrad_of_groups(x: te.Tensor, gy: te.Tensor, conv: _Conv) -> te.Tensor:
         row, column = y * rows.stride + ky * rows.dilation, v * columns.stride + kx * columns.dilation
         return gy[n, o, y, v] * source[n, row, column, o // conv.group_out * wide + c]
 
-    taps = _summed(product, conv, (rows.kernel, columns.kernel, conv.filters, wide))
+    taps = _summed(product, conv, (rows.kernel, columns.kernel, conv.filters, wide), False)
     shape = (conv.filters, wide, rows.kernel, columns.kernel)
     return te.compute(shape, lambda o, c, ky, kx: taps[ky, kx, o, c], name="wgrad_taps")
 
@@ -553,7 +564,7 @@ def _wgrad_over_filters(x: te.Tensor, gy: te.Tensor, conv: _Conv, plain: bool) -
         row, column = y * rows.stride + ky * rows.dilation, v * columns.stride + kx * columns.dilation
         return pad[n, c, row, column] * source[i, n, y, v, o]
 
-    taps = _summed(product, conv, (conv.channels, rows.kernel, columns.kernel, *_blocks(source)))
+    taps = _summed(product, conv, (conv.channels, rows.kernel, columns.kernel, *_blocks(source)), plain)
     shape = (conv.filters, conv.channels, rows.kernel, columns.kernel)
     return te.compute(shape, lambda o, c, ky, kx: taps[c, ky, kx, o // block, o % block], name="wgrad_taps")
 

@@ -1,4 +1,4 @@
-"""Compiling without Python's garbage collector: it would look through hundred thousands of living objects again and again."""
+"""Compiling without Python's garbage collector: it would look through all living objects again and again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """No collection of cycles inside; afterwards as before."""
+    """No collection of cycles inside, in any thread; afterwards as before."""
     before = gc.isenabled()
     gc.disable()
     try:
