@@ -32,8 +32,10 @@ from tvmtrain.targets import Device
 def accumulate(sch: Schedule, block: Block, device: Device, decisions: Decisions) -> bool:
     """[groups, .. parts, ..] of a reduction, and the sum over parts: a tile in registers, added to the results of the parts before."""
     after = one_consumer(sch, block)
+    if after is None or ACCUMULATED not in after.source.annotations:
+        return False
     shape = register_tile(block, device, False, decisions.tile)
-    if after is None or shape is None or ACCUMULATED not in after.source.annotations:
+    if shape is None:
         return False
     rv, total = sch.get_sblock(block.name), sch.get_sblock(after.name)
     loops = sch.get_loops(rv)

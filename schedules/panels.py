@@ -26,13 +26,12 @@ ALONG, ACROSS = (12, 4), (6, 16)
 
 def bring_panels(sch: Schedule, block: Block, shape: Tile, device: Device) -> list[SBlockRV]:
     """Copy the operands of which a step of the reduction reads one number for each row, where that pays; the copies."""
-    copies = []
-    for axis, rows in shape.rows[:1] if len(shape.rows) == 1 else ():
-        columns = prod(block.extents[a] for a in block.spatial if a != axis) // (shape.columns * shape.lanes)
-        for i, read in enumerate(block.reads):
-            if _misses(block, read, axis, columns, device):
-                copies += panels(sch, block, i, axis, rows)
-    return copies
+    if len(shape.rows) != 1:
+        return []
+    ((axis, rows),) = shape.rows
+    columns = prod(block.extents[a] for a in block.spatial if a != axis) // (shape.columns * shape.lanes)
+    missing = [i for i, read in enumerate(block.reads) if _misses(block, read, axis, columns, device)]
+    return [copy for i in missing for copy in panels(sch, block, i, axis, rows)]
 
 
 def _misses(block: Block, read: Access, axis: int, columns: int, device: Device) -> bool:

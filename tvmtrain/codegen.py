@@ -94,7 +94,7 @@ def generate(planned: tvm.IRModule, device: Device) -> Executable:
             return tvm.compile(
                 planned, target=Target(dict(device.target)), relax_pipeline=_virtual_machine(), tir_pipeline="default"
             )
-    with PassContext(opt_level=3, config=KERNELS, disabled_pass=IDLE):
+    with _for_processors():
         return _compile(_virtual_machine()(planned), device)
 
 
@@ -134,8 +134,13 @@ def processor(device: Device) -> Target:
 
 def compiled(kernels: tvm.IRModule, target: Target) -> Module:
     """Native code of scheduled kernels alone, for a processor."""
-    with PassContext(opt_level=3, config=KERNELS, disabled_pass=IDLE):
+    with _for_processors():
         return tirx.build(kernels, target=target, pipeline=registers.PIPELINE)
+
+
+def _for_processors() -> PassContext:
+    """What TVM leaves out of a processor's kernels. A context is one thread's: each that compiles enters its own."""
+    return PassContext(opt_level=3, config=KERNELS, disabled_pass=IDLE)
 
 
 def cores() -> int:

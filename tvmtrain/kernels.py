@@ -516,16 +516,13 @@ def _accumulated(in_part: Callable, batch: int, parts: int, shape: tuple[int, ..
     each, attrs = batch // groups, {ACCUMULATED: 1}
     image, part, group = (te.reduce_axis((0, size), name) for size, name in ((each, "i"), (parts, "p"), (groups, "g")))
     partial = te.compute((groups, each, parts, *shape), lambda g, i, p, *at: in_part(g * each + i, p, *at), name="wgrad")
+
+    def added(g: Any, *at: Any) -> Any:
+        return te.sum(partial[(g, image, part, *at)], axis=[image, part])
+
     if groups == 1:
-        return te.compute(
-            shape, lambda *at: te.sum(partial[(0, image, part, *at)], axis=[image, part]), name="wgrad_part", attrs=attrs
-        )
-    sums = te.compute(
-        (groups, *shape),
-        lambda g, *at: te.sum(partial[(g, image, part, *at)], axis=[image, part]),
-        name="wgrad_part",
-        attrs=attrs,
-    )
+        return te.compute(shape, lambda *at: added(0, *at), name="wgrad_part", attrs=attrs)
+    sums = te.compute((groups, *shape), added, name="wgrad_part", attrs=attrs)
     return te.compute(shape, lambda *at: te.sum(sums[(group, *at)], axis=[group]), name="wgrad_parts")
 
 
