@@ -58,10 +58,11 @@ from tvmtrain.schedules.tiles import (
     split_tile,
     vector_axis,
 )
+from tvmtrain.schedules.windows import WRITTEN_OUT, window_tiles
 from tvmtrain.targets import Device
 
 # Multiplications to which the taps of a small kernel may be written out.
-LARGEST_TAPS = (128, 32, 512)
+LARGEST_TAPS = (WRITTEN_OUT, 32, 512)
 # Register tiles that are looked at.
 TILES = 16
 # Bytes that the partial sums of one kernel may take.
@@ -181,9 +182,9 @@ def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions, step
     rv = sch.get_sblock(block.name)
     epilogue, cut = epilogue_of(sch, block, device) if block.reduction else (None, False)
     most = IN_STRIPS if any(in_strips(block, read) for read in block.reads) else ON_MAPS
-    shape = register_tile(block, device, cut, decisions.tile, most) if block.reduction else None
+    shape = _tile_of(block, device, cut, decisions.tile, most) if block.reduction else None
     if shape is None and cut:
-        epilogue, shape = None, register_tile(block, device, False, decisions.tile, most)
+        epilogue, shape = None, _tile_of(block, device, False, decisions.tile, most)
     if shape is None:
         return False
     loops = sch.get_loops(rv)
@@ -215,6 +216,12 @@ def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions, step
         sch.unroll(loop)
     keep_in_registers(sch, rv, inner, reductions[0])
     return True
+
+
+def _tile_of(block: Block, device: Device, whole: bool, rank: int, most: int) -> Tile | None:
+    """The register tile of this rank: first those of neighbours that share lines, then those of whole vectors alone."""
+    overlapping = [] if whole else window_tiles(block, device, most)
+    return overlapping[rank] if rank < len(overlapping) else register_tile(block, device, whole, rank - len(overlapping), most)
 
 
 def _in_bands(sch: Schedule, outer: Sequence[LoopRV], rows: int, bands: int) -> list[LoopRV]:

@@ -22,6 +22,7 @@ from tvm.relax.transform.legalize_ops.common import register_legalize
 from tvmtrain.legalize_once import Legalization
 from tvmtrain.operators import DGRAD, PACKED_CONV, WGRAD
 from tvmtrain.schedules.blocks import ACCUMULATED, KEPT, STRIDES
+from tvmtrain.schedules.side_by_side import PACKED_ROWS
 from tvmtrain.schedules.strips import LINE, RUN
 from tvmtrain.strided import (
     ROW,
@@ -183,29 +184,64 @@ def _mix_taps(
         return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, dtype)) if inside else value
 
     packed = te.compute((*taps, images, each), place, name="packed")
+    total = _in_layers(lambda c, ky, kx, n, j: packed[c, ky, kx, n, j], weight, (outputs, images, each), taps, name)
+    return te.compute(shape, lambda n, o, y, v: total(o, n, y * width + v), name=f"{name}_map", attrs={KEPT: 1} if kept else {})
+
+
+def _mix_rows(
+    read: Callable,
+    row: Callable,
+    weight: Callable,
+    shape: tuple[int, ...],
+    taps: tuple[int, int, int],
+    reached: int,
+    name: str,
+    kept: bool = False,
+) -> te.Tensor:
+    """``_mix_taps`` where y reads ``reached`` rows, row y + row(ky) with each tap: only what the taps of a row read is gathered.
+
+    The same rows of all images lie side by side: another tap of the columns then is the same line, some whole rows further on.
+    """
+    batch, outputs, height, width = shape
+    size = (taps[0], taps[2], reached, batch, width)
+    packed = te.compute(size, lambda c, kx, r, n, v: read(n, c, r, v, kx), name=PACKED_ROWS)
+
+    def place(c: Any, ky: Any, kx: Any, y: Any, p: Any) -> Any:
+        return packed[c, kx, y + row(ky), p // width, p % width]
+
+    total = _in_layers(place, weight, (outputs, height, batch * width), taps, name)
+    return te.compute(shape, lambda n, o, y, v: total(o, y, n * width + v), name=f"{name}_map", attrs={KEPT: 1} if kept else {})
+
+
+def _in_layers(
+    read: Callable, weight: Callable, shape: tuple[int, int, int], taps: tuple[int, int, int], name: str
+) -> Callable:
+    """The sum over (c, ky, kx) of weight(o, c, ky, kx) * read(c, ky, kx, i, j) at [o, i, j]; a deep one is a sum of sums."""
     layers = _layers(taps)
     deep = taps[0] // layers
     c, ky, kx = (te.reduce_axis((0, size), tap) for size, tap in zip((deep, *taps[1:]), ("c", "ky", "kx"), strict=True))
 
-    def product(part: Any, o: Any, n: Any, j: Any) -> Any:
+    def product(part: Any, o: Any, i: Any, j: Any) -> Any:
         channel = part * deep + c
-        return te.sum(weight(o, channel, ky, kx) * packed[channel, ky, kx, n, j], axis=[c, ky, kx])
+        return te.sum(weight(o, channel, ky, kx) * read(channel, ky, kx, i, j), axis=[c, ky, kx])
 
-    sums = te.compute((layers, outputs, images, each), product, name=name)
-    attrs = {KEPT: 1} if kept else {}
+    sums = te.compute((layers, *shape), product, name=name)
     if layers == 1:
-        return te.compute(shape, lambda n, o, y, v: sums[0, o, n, y * width + v], name=f"{name}_map", attrs=attrs)
+        return lambda o, i, j: sums[0, o, i, j]
     layer = te.reduce_axis((0, layers), "layer")
-    total = te.compute(
-        (outputs, images, each), lambda o, n, j: te.sum(sums[layer, o, n, j], axis=[layer]), name=f"{name}_layers"
-    )
-    return te.compute(shape, lambda n, o, y, v: total[o, n, y * width + v], name=f"{name}_map", attrs=attrs)
+    total = te.compute(shape, lambda o, i, j: te.sum(sums[layer, o, i, j], axis=[layer]), name=f"{name}_layers")
+    return lambda o, i, j: total[o, i, j]
 
 
 def _layers(taps: tuple[int, int, int]) -> int:
     """Into how many sums a deep one is split, so that a tile's operands stay in a cache."""
     deepest = max(1, DEEPEST // (taps[1] * taps[2]))
     return next((k for k in range(1, MOST_LAYERS + 1) if taps[0] % k == 0 and taps[0] // k <= deepest), 1)
+
+
+def _lined_up(batch: int, width: int) -> bool:
+    """Whether a row of all images is whole vectors."""
+    return batch * width % (2 * ROW) == 0
 
 
 def _side_by_side(batch: int, area: int) -> tuple[int, int]:
@@ -267,6 +303,16 @@ def conv2d(x: te.Tensor, w: Callable, conv: _Conv, gather: int = ROW) -> te.Tens
     rows, columns = conv.rows, conv.columns
     if gather and _gathers(conv, rows.out, columns.out):
         read = window(x, (rows.before, columns.before), _reached(conv))
+        if rows.stride == 1 < rows.kernel and _lined_up(conv.batch, columns.out):
+            return _mix_rows(
+                lambda n, c, r, v, kx: read(n, c, r, v * columns.stride + kx * columns.dilation),
+                lambda ky: ky * rows.dilation,
+                w,
+                (conv.batch, conv.filters, rows.out, columns.out),
+                (conv.channels, rows.kernel, columns.kernel),
+                _reached(conv)[0],
+                "conv2d",
+            )
         return _mix_taps(
             lambda n, c, y, v, ky, kx: read(
                 n, c, y * rows.stride + ky * rows.dilation, v * columns.stride + kx * columns.dilation
@@ -349,14 +395,27 @@ def _dgrad_gathered(
     """dX at the places of one residue, on small maps."""
     (top, bottom), (left, right) = reach([rows]), reach([columns])
     tap = _taps_of_part(w, conv, rows, columns)
-    read = window(gy, (-top, -left), (place[0] + bottom - top, place[1] + right - left))
+    reached = place[0] + bottom - top
+    read = window(gy, (-top, -left), (reached, place[1] + right - left))
+    shape, taps = (conv.batch, conv.channels, *place), (conv.filters, rows.count, columns.count)
+    if rows.count > 1 and _lined_up(conv.batch, place[1]):
+        return _mix_rows(
+            lambda n, o, r, v, kx: read(n, o, r, v + columns.base - left - kx * columns.shift),
+            lambda ky: rows.base - top - ky * rows.shift,
+            lambda c, o, ky, kx: tap(o, c, ky, kx),
+            shape,
+            taps,
+            reached,
+            "dgrad",
+            kept,
+        )
     return _mix_taps(
         lambda n, o, y, v, ky, kx: read(
             n, o, y + rows.base - top - ky * rows.shift, v + columns.base - left - kx * columns.shift
         ),
         lambda c, o, ky, kx: tap(o, c, ky, kx),
-        (conv.batch, conv.channels, *place),
-        (conv.filters, rows.count, columns.count),
+        shape,
+        taps,
         gy.dtype,
         "dgrad",
         kept,

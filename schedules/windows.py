@@ -1,0 +1,76 @@
+"""Windows: neighbours of a map read the same lines with other taps of a kernel, and the same weights.
+
+    for ky: for y in 4: sum[y] += w[ky] * x[y + ky]   -->   x0 = x[0]; .. x5 = x[5]; sum[0] += w[0] * x0; sum[0] += w[1] * x1; ..
+
+A tile of such neighbours loads each line once, where its taps are written out: 6 lines instead of 12. In a weight's gradient taps are
+the neighbours, and places what is summed up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+from tvmtrain.schedules.blocks import Access, Block
+from tvmtrain.schedules.tiles import LARGEST_TILE, Tile, divisors, lanes_of, vector_axis
+from tvmtrain.targets import Device
+
+# Multiplications to which a tile's taps are written out. Sums that hide how long a multiplication takes. Tiles that are looked at.
+WRITTEN_OUT, FEWEST, BEST = 144, 8, 4
+# How much less a tile of neighbours must load than one without: it also reads from more rows of a map at once.
+WORTH = 1.2
+
+
+@dataclass(frozen=True)
+class Window:
+    """``lines``: what neighbours along ``axis`` read, each ``step`` lines further on, ``taps`` of them. ``inside``: products for a line."""
+
+    lines: Access
+    axis: int
+    step: int
+    taps: int
+    inside: int
+
+    def loaded(self, neighbours: int, size: int) -> float:
+        """Lines for each tap of so many neighbours, in a tile of ``size``."""
+        written_out = size * self.inside <= WRITTEN_OUT
+        return (self.step * (neighbours - 1) + self.taps) / self.taps if written_out else neighbours
+
+
+def window_tiles(block: Block, device: Device, most: int) -> list[Tile]:
+    """Register tiles of some rows times some neighbours, those first that load least for their arithmetic; none where others load less.
+
+    most: vectors side by side.
+    """
+    axis = vector_axis(block)
+    window = None if axis is None else min(_windows(block, axis), key=lambda w: w.inside, default=None)
+    width = lanes_of(block.extents[axis], device) if axis is not None and window is not None else None
+    if axis is None or window is None or width is None:
+        return []
+    row = next((a for a in reversed(block.spatial) if a != axis and block.extents[a] > 1 and not window.lines.strides[a]), None)
+    if row is None:
+        return []
+    found: dict[Tile, float] = {}
+    heights, neighbours = (divisors(block.extents[a], LARGEST_TILE) for a in (row, window.axis))
+    for columns, height, along in product(divisors(block.extents[axis] // width, most), heights, neighbours):
+        size = height * along * columns
+        if FEWEST <= size < device.vector_registers - columns:
+            rows = tuple((a, n) for a, n in ((row, height), (window.axis, along)) if n > 1)
+            # Vectors side by side share lines, whose ends others read too.
+            found[Tile(axis, width, columns, rows)] = size / (height + (columns + 1) * window.loaded(along, size))
+    # Of those that load the same, the widest, whose vectors share lines, and the lowest, which keeps fewer of them.
+    best = sorted(found, key=lambda tile: (-found[tile], -tile.columns, tile.rows[-1][1]))
+    alone = max((found[tile] for tile in best if window.axis not in dict(tile.rows)), default=0.0)
+    return [tile for tile in best if found[tile] > WORTH * alone][:BEST]
+
+
+def _windows(block: Block, vector: int) -> Iterator[Window]:
+    for read, axis, (i, tap) in product(block.reads, block.spatial, enumerate(block.reductions)):
+        across, along = read.strides[axis], abs(read.strides[tap] or 0)
+        if axis == vector or read.strides[vector] != 1 or not across or not along:
+            continue
+        step, between = divmod(across, along)
+        if not between and step < block.extents[tap]:
+            yield Window(read, axis, step, block.extents[tap], prod(block.extents[a] for a in block.reductions[i:]))
