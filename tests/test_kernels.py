@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -71,6 +71,17 @@ small_maps = st.builds(
 ).filter(lambda c: c.fits)
 
 
+# A row of all images is whole vectors.
+lined_up = st.builds(
+    replace,
+    small_maps,
+    batch=st.sampled_from([2, 4, 8]),
+    size=st.tuples(st.integers(2, 9), st.just(8)),
+    kernel=st.sampled_from([(3, 3), (2, 3), (5, 3)]),
+    padding=st.tuples(*[st.sampled_from([0, 1, 2])] * 4),
+).filter(lambda c: c.fits)
+
+
 def check_convolution(case: Convolution) -> None:
     """y, dX and dW of a convolution, against PyTorch."""
     torch.manual_seed(0)
@@ -91,6 +102,12 @@ def check_convolution(case: Convolution) -> None:
     for got, wanted in zip(results, (y, x.grad, w.grad), strict=True):
         assert wanted is not None
         close(got, wanted.detach().numpy())
+
+
+@slow
+@given(lined_up)
+def test_rows_of_all_images_side_by_side(case: Convolution) -> None:
+    check_convolution(case)
 
 
 @slow
@@ -136,6 +153,10 @@ def test_convolutions_of_many_channels_on_small_maps(case: Convolution) -> None:
         pytest.param(Convolution(2, 16, 24, 1, (7, 7), (3, 3), (1, 1), (1, 1), (1, 1, 1, 1)), id="gathered taps, 7x7"),
         pytest.param(Convolution(2, 24, 20, 1, (9, 8), (3, 3), (2, 2), (1, 1), (1, 0, 1, 2)), id="gathered taps, stride 2"),
         pytest.param(Convolution(1, 16, 16, 1, (6, 7), (3, 2), (1, 1), (2, 2), (2, 1, 2, 1)), id="gathered taps, dilated"),
+        pytest.param(Convolution(4, 16, 24, 1, (7, 4), (3, 3), (1, 1), (1, 1), (1, 1, 1, 1)), id="gathered rows of all images"),
+        pytest.param(Convolution(2, 20, 16, 1, (9, 8), (3, 2), (1, 2), (2, 1), (2, 1, 0, 3)), id="gathered rows, dilated"),
+        pytest.param(Convolution(2, 16, 17, 1, (16, 16), (5, 3), (2, 2), (1, 1), (2, 1, 2, 1)), id="gathered rows of residues"),
+        pytest.param(Convolution(2, 12, 8, 1, (12, 32), (3, 3), (1, 1), (1, 1), (1, 1, 1, 1)), id="neighbouring rows"),
         pytest.param(Convolution(2, 320, 16, 1, (4, 4), (3, 3), (1, 1), (1, 1), (1, 1, 1, 1)), id="a sum in layers"),
         pytest.param(Convolution(3, 96, 24, 1, (5, 3), (1, 1), (1, 1), (1, 1), (0, 0, 0, 0)), id="three small maps"),
         pytest.param(Convolution(2, 3, 8, 1, (96, 96), (3, 3), (2, 2), (1, 1), (1, 1, 1, 1)), id="dW image by image"),

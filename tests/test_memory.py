@@ -285,13 +285,15 @@ def test_state_is_updated_where_it_is(name):
     made = tt.build(with_optimizer(OPTIMIZERS[name]))
     with allocations() as sizes:
         step = made.load()
-        places = {key: tensor.data_ptr() for key, tensor in step._moment.tensors.items()}
+        tensors = step._moment.tensors
+        places = {key: tensor.data_ptr() for key, tensor in tensors.items()}
         for _ in range(3):
             before = bits(step)
             step(*batch())
     after = bits(step)
     assert {key: tensor.data_ptr() for key, tensor in step._moment.tensors.items()} == places
     assert [key for key in before if before[key] == after[key]] == []
+    assert step._moment.tensors is tensors, "what is in place is not looked at again"
     # The arena, the loss and the output; nothing for new state.
     assert sizes == sizes[:3] * 3
     assert sorted(sizes[1:3]) == [4, 64]

@@ -58,6 +58,23 @@ def twin(step: runtime.TrainStep) -> torch.nn.Linear:
 # Training.
 
 
+def test_a_batch_is_read_as_it_lies_or_copied_anew(step):
+    """PyTorch's tensors begin where compiled code expects it; NumPy's arrays anywhere, here four bytes further on."""
+    plain, moved = started(), np.empty(BATCH * FEATURES + 1, "float32")[1:].reshape(BATCH, FEATURES)
+    for i in range(3):
+        x, y = batch(i)
+        kept = torch.from_numpy(x).clone()
+        moved[...] = x
+        losses = step(kept, torch.from_numpy(y).clone()), plain(moved, y)
+        assert losses[0] == losses[1]
+        assert torch.equal(kept, torch.from_numpy(x)), "a step writes nothing into a batch"
+        moved[...] = 1e9
+    assert everything(step) == everything(plain)
+    frozen = batch(5)[0]
+    frozen.flags.writeable = False
+    assert step(frozen, y) == plain(frozen.copy(), y)
+
+
 def test_steps_are_those_of_pytorch(step):
     layer = twin(step)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=toy.MOMENTUM)

@@ -21,7 +21,7 @@ from tvm.relax.op.grad import max_pool2d_backward
 from tvm.s_tir import Schedule
 
 from tvmtrain import filtering, lowering, operators, registers, schedules, targets
-from tvmtrain.schedules import cpu
+from tvmtrain.schedules import cpu, windows
 from tvmtrain.schedules.blocks import FAILURES
 from tvmtrain.schedules.decisions import Decisions
 from tvmtrain.targets import Device
@@ -299,6 +299,43 @@ def test_maps_of_one_vector_lie_side_by_side() -> None:
     shapes = (8, 48, 4, 4), (40, 48, 1, 1)
     assert "T.int64(128)" in scheduled(R.nn.conv2d, *shapes, device=AVX512), "a line of all images"
     assert "T.int64(128)" not in scheduled(R.nn.conv2d, *shapes), "two vectors each"
+
+
+def test_rows_of_all_images_are_read_by_the_taps_of_several_rows() -> None:
+    def conv(x: relax.Expr, w: relax.Expr) -> relax.Expr:
+        return R.nn.conv2d(x, w, padding=1)
+
+    text = scheduled(conv, (4, 32, 8, 8), (48, 32, 3, 3))
+    assert "packed_rows" in text
+    assert "T.vectorized(T.int64(8))" in text
+    assert re.search(r"for ky in T.unroll\(T.int64\(3\)\)", text), "a line that three taps read is loaded once"
+    assert "packed_rows" not in scheduled(conv, (1, 32, 8, 8), (48, 32, 3, 3)), (
+        "one vector of eight, and half of one of sixteen"
+    )
+
+
+def tiles_of(make: Callable[..., relax.Expr], *shapes: tuple[int, ...]) -> list[dict[int, int]]:
+    """Of the tiles of neighbours of a product: axis -> how many of it, with the vectors side by side under -1."""
+    fused = lowering.fuse(module(make, *(array(*s) for s in shapes)), AVX512)
+    (kernel,) = [f for f in fused.functions.values() if isinstance(f, tirx.PrimFunc)]
+    (product,) = [b for b in cpu.blocks_of(Schedule(kernel)) if b.reduction and len(b.reads) > 1]
+    return [dict(tile.rows) | {-1: tile.columns} for tile in windows.window_tiles(product, AVX512, 4)]
+
+
+def test_a_tile_of_neighbours_loads_the_lines_that_they_share_once() -> None:
+    def conv(x: relax.Expr, w: relax.Expr) -> relax.Expr:
+        return R.nn.conv2d(x, w, padding=1)
+
+    def wgrad(x: relax.Expr, w: relax.Expr, gy: relax.Expr) -> relax.Expr:
+        return operators.conv2d_wgrad(conv(x, w), gy)
+
+    filters, rows, places = 1, 2, -1
+    assert tiles_of(conv, (2, 16, 16, 16), (32, 16, 3, 3))[0] == {filters: 4, rows: 4, places: 1}
+    assert tiles_of(conv, (2, 16, 32, 32), (32, 16, 3, 3))[0] == {filters: 4, rows: 2, places: 2}
+    columns, filters = 1, 2
+    assert tiles_of(wgrad, (2, 32, 16, 16), (32, 32, 3, 3), (2, 32, 16, 16))[0] == {filters: 4, columns: 3, places: 2}
+    assert tiles_of(lambda x, w: R.nn.conv2d(x, w), (2, 16, 16, 16), (32, 16, 1, 1)) == [], "nobody shares lines"
+    assert tiles_of(conv, (2, 16, 16, 16), (32, 16, 13, 13)) == [], "too many taps to write out"
 
 
 @pytest.mark.parametrize("device", [AVX512, *map(targets.load, ("x86-64-v3", "aarch64", "raspberry-pi-3b", "jetson-nano-cpu"))])

@@ -211,6 +211,14 @@ class There:
         """As in ``Place``."""
         return Tensor(self.board, self.board.keep(self._machine, value), value.shape, str(value.dtype))
 
+    def given(self, key: tuple[str, str], value: np.ndarray) -> Tensor:
+        """As in ``Place``."""
+        return self.tensor(value)
+
+    def same(self, one: Tensor, other: Tensor) -> bool:
+        """As in ``Place``."""
+        return one is other
+
     def call(self, entry: Entry, arguments: Sequence[Any]) -> Sequence[Any]:
         """As in ``Place``."""
         numbers = self.board.numbers(len(entry.outputs))

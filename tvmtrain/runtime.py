@@ -21,7 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -68,6 +68,9 @@ with _without_torch():
 # TVM's pool narrows the affinity of the thread that starts it, so what this process may use is asked before that.
 _CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
+# Bytes: where tensors begin, as compiled code may expect.
+ALIGNMENT = 64
+
 # Which file each path was when a library was first loaded from it.
 _loaded: dict[Path, tuple[int, int]] = {}
 
@@ -107,6 +110,12 @@ class Place(Protocol):
     def tensor(self, value: np.ndarray) -> Any:
         """A copy of ``value`` in the memory of what computes; its ``numpy()`` is one here."""
 
+    def given(self, key: tuple[str, str], value: np.ndarray) -> Any:
+        """As ``tensor``, for one call: it may be ``value`` itself, or the memory of what ``given`` was called with before for this key."""
+
+    def same(self, one: Any, other: Any) -> bool:
+        """Whether two tensors are known to be the same memory."""
+
     def call(self, entry: Entry, arguments: Sequence[Any]) -> Sequence[Any]:
         """Run ``entry`` on tensors of this place; its results are, too."""
 
@@ -128,11 +137,30 @@ class Here:
         self._use_threads()
         self._machine = VirtualMachine(module, device)
         self._functions: dict[str, Any] = {}
+        self._given: dict[tuple[str, str], tuple[Any, tuple[int, ...], np.dtype[Any]]] = {}
         self.seconds = 0.0
 
     def tensor(self, value: np.ndarray) -> Any:
         """As in ``Place``."""
         return tvm.runtime.tensor(value, self._device)
+
+    def given(self, key: tuple[str, str], value: np.ndarray) -> Any:
+        """As in ``Place``. On a processor, an array that begins where compiled code expects it, as PyTorch's do, is read as it lies."""
+        if self._device.type != "cpu":
+            return self.tensor(value)
+        value = np.asarray(value, order="C")
+        if value.ctypes.data % ALIGNMENT == 0 and value.flags.writeable:  # DLPack hands out no others
+            return tvm.runtime.from_dlpack(value)
+        tensor, *form = self._given.get(key, (None,))
+        if tensor is None or form != [value.shape, value.dtype]:
+            tensor = self.tensor(value)
+            self._given[key] = tensor, value.shape, value.dtype
+        ctypes.memmove(tensor.data_ptr(), value.ctypes.data, value.nbytes)
+        return tensor
+
+    def same(self, one: Any, other: Any) -> bool:
+        """As in ``Place``."""
+        return bool(one.data_ptr() == other.data_ptr())
 
     def call(self, entry: Entry, arguments: Sequence[Any]) -> Sequence[Any]:
         """As in ``Place``."""
@@ -177,6 +205,24 @@ class Here:
             self._configured.done = True
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What calls of one entry have in common while the state is in the same ``tensors``: one step passes hundreds.
+
+    places: the number of each argument, which is None where it is not state; results: the numbers of those to look at, once known.
+    """
+
+    tensors: Tensors
+    arguments: tuple[Any, ...]
+    places: Mapping[tuple[str, str], int]
+    results: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, entry: Entry, tensors: Tensors, results: tuple[int, ...] | None) -> _Call:
+        places = {spec.key: i for i, spec in enumerate(entry.inputs)}
+        return cls(tensors, tuple(tensors.get(spec.name) for spec in entry.inputs), places, results)
+
+
 class TrainStep:
     """A running training step: call it with data, and its parameters have moved.
 
@@ -190,6 +236,7 @@ class TrainStep:
         chosen = selection.seeds(manifest.selections) | selection.largest(manifest.selections, state)
         self._moment = self._prepared({name: self._tensor(value) for name, value in {**state, **chosen}.items()}, 0)
         self._outputs: list[Any] = []
+        self._calls: dict[str, _Call] = {}
 
     @property
     def steps(self) -> int:
@@ -218,7 +265,7 @@ class TrainStep:
         entry = self.manifest.named["train_step"]
         given = self._batch(entry, x, y) | self._chosen(channels, update=True)
         given |= {
-            spec.key: self._tensor(_rate(self.manifest.lr if lr is None else lr, spec))
+            spec.key: self.place.given(spec.key, _rate(self.manifest.lr if lr is None else lr, spec))
             for spec in entry.inputs
             if spec.role == "rate"
         }
@@ -227,8 +274,8 @@ class TrainStep:
             loss = next(float(value.numpy()) for spec, value in results if spec.role == "loss")
             if math.isfinite(loss):
                 new = {spec.name: value for spec, value in results if spec.role in STATE_ROLES}
-                self._outputs = [value for spec, value in results if spec.role == "output"]
-                self._moment = _Moment(self._moment.tensors | new, self.steps + 1)
+                self._outputs = [self._own(value, given) for spec, value in results if spec.role == "output"]
+                self._moment = _Moment(self._moment.tensors | new if new else self._moment.tensors, self.steps + 1)
                 return loss
         raise NonFiniteLossError(
             f"the loss of step {self.steps + 1} is {loss}; the state is that of step {self.steps}. "
@@ -337,9 +384,31 @@ class TrainStep:
         return self.place.tensor(value)
 
     def _run(self, entry: Entry, given: Mapping[tuple[str, str], Any]) -> list[tuple[TensorSpec, Any]]:
-        tensors = self._moment.tensors
-        arguments = [given[spec.key] if spec.key in given else tensors[spec.name] for spec in entry.inputs]
-        return list(zip(entry.outputs, self.place.call(entry, arguments), strict=True))
+        """What ``entry`` returns, without the state that it wrote where it had read it."""
+        known = self._calls.get(entry.name)
+        if known is None or known.tensors is not self._moment.tensors:
+            known = _Call.of(entry, self._moment.tensors, known.results if known else None)
+        arguments = list(known.arguments)
+        for key, tensor in given.items():
+            arguments[known.places[key]] = tensor
+        results = self.place.call(entry, arguments)
+        if known.results is None:
+            known = replace(known, results=self._elsewhere(entry, arguments, results))
+        self._calls[entry.name] = known
+        return [(entry.outputs[i], results[i]) for i in known.results or ()]
+
+    def _own(self, result: Any, given: Mapping[tuple[str, str], Any]) -> Any:
+        """A result to keep: a copy where a model returns what it was given."""
+        return self._tensor(result.numpy()) if any(self.place.same(result, tensor) for tensor in given.values()) else result
+
+    def _elsewhere(self, entry: Entry, arguments: Sequence[Any], results: Sequence[Any]) -> tuple[int, ...]:
+        """The numbers of the results that are not the memory of the state they replace: the same in every call of compiled code."""
+        before = {spec.name: tensor for spec, tensor in zip(entry.inputs, arguments, strict=True) if spec.role in STATE_ROLES}
+        return tuple(
+            i
+            for i, (spec, result) in enumerate(zip(entry.outputs, results, strict=True))
+            if spec.role not in STATE_ROLES or spec.name not in before or not self.place.same(before[spec.name], result)
+        )
 
     def _prepared(self, tensors: Tensors, steps: int) -> _Moment:
         """These weights with what the compiled step has of the frozen ones: folded once, here, and not in every step."""
@@ -393,7 +462,7 @@ class TrainStep:
             if array.shape != spec.shape:
                 raise InputError(batches.wrong_shape(spec, array.shape, self.manifest.batch))
             checks.check(spec, array, self.manifest.loss)
-        return {key: self._tensor(array) for key, (_, array) in arrays.items()}
+        return {key: self.place.given(key, array) for key, (_, array) in arrays.items()}
 
     def _samples(self, entry: Entry, value: Any, role: str = "input") -> dict[tuple[str, str], tuple[TensorSpec, np.ndarray]]:
         """The arrays of any number of samples, checked."""
