@@ -15,9 +15,9 @@ VERSION = 8
 class Decisions:
     """Each is the number of an option; 0 is the default. Where a block has fewer options, counting starts anew.
 
-    template: of those that fit a block, which one. tile: of the register tiles that fit, from the one with most arithmetic for each
-    value loaded. order: of the loops over tiles. grain: how finely the cores share the work (of a chain 1 finer, 2 coarser). taps: how
-    far the reduction is written out.
+    template: of those that fit a block, which one. tile: of the register tiles that fit: those of neighbours that share lines first,
+    then from the one with most arithmetic for each value loaded. order: of the loops over tiles. grain: how finely the cores share
+    the work (of a chain 1 finer, 2 coarser). taps: how far the reduction is written out.
     """
 
     template: int = 0

@@ -127,7 +127,7 @@ def _weights_at_hand(sch: Schedule, block: Block, layer: LoopRV, rows: int) -> N
     strides = (None,) * 5 if found is None else block.reads[found].strides
     if found is not None and strides[1] is not None and strides[1] < (strides[4] or 0):
         for copy in panels(sch, block, found, 1, rows):
-            sch.compute_at(copy, layer)
+            sch.compute_at(copy, layer, preserve_unit_loops=True)
             panel, channel, *taps, row = loops_in(sch, copy, layer)
             sch.reorder(channel, panel, *taps, row)
             for loop in taps:

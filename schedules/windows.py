@@ -49,7 +49,9 @@ def window_tiles(block: Block, device: Device, most: int) -> list[Tile]:
     width = lanes_of(block.extents[axis], device) if axis is not None and window is not None else None
     if axis is None or window is None or width is None:
         return []
-    row = next((a for a in reversed(block.spatial) if a != axis and block.extents[a] > 1 and not window.lines.strides[a]), None)
+    row = next(
+        (a for a in reversed(block.spatial) if a != axis and block.extents[a] > 1 and window.lines.strides[a] == 0), None
+    )
     if row is None:
         return []
     found: dict[Tile, float] = {}
@@ -61,14 +63,14 @@ def window_tiles(block: Block, device: Device, most: int) -> list[Tile]:
             # Vectors side by side share lines, whose ends others read too.
             found[Tile(axis, width, columns, rows)] = size / (height + (columns + 1) * window.loaded(along, size))
     # Of those that load the same, the widest, whose vectors share lines, and the lowest, which keeps fewer of them.
-    best = sorted(found, key=lambda tile: (-found[tile], -tile.columns, tile.rows[-1][1]))
+    best = sorted(found, key=lambda tile: (-found[tile], -tile.columns, tile.rows[-1:]))
     alone = max((found[tile] for tile in best if window.axis not in dict(tile.rows)), default=0.0)
     return [tile for tile in best if found[tile] > WORTH * alone][:BEST]
 
 
 def _windows(block: Block, vector: int) -> Iterator[Window]:
     for read, axis, (i, tap) in product(block.reads, block.spatial, enumerate(block.reductions)):
-        across, along = read.strides[axis], abs(read.strides[tap] or 0)
+        across, along = abs(read.strides[axis] or 0), abs(read.strides[tap] or 0)
         if axis == vector or read.strides[vector] != 1 or not across or not along:
             continue
         step, between = divmod(across, along)

@@ -70,6 +70,11 @@ def test_a_batch_is_read_as_it_lies_or_copied_anew(step):
         assert torch.equal(kept, torch.from_numpy(x)), "a step writes nothing into a batch"
         moved[...] = 1e9
     assert everything(step) == everything(plain)
+    whole, key = torch.zeros(BATCH, FEATURES).numpy(), ("input", "x")
+    assert step.place.given(key, whole).data_ptr() == whole.ctypes.data, "as it lies"
+    copy = step.place.given(key, moved).data_ptr()
+    assert copy != moved.ctypes.data
+    assert step.place.given(key, moved).data_ptr() == copy, "no new memory"
     frozen = batch(5)[0]
     frozen.flags.writeable = False
     assert step(frozen, y) == plain(frozen.copy(), y)

@@ -314,6 +314,23 @@ def test_rows_of_all_images_are_read_by_the_taps_of_several_rows() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("w", "gy"),
+    [
+        pytest.param((144, 24, 1, 1), (8, 144, 7, 7), id="one tile of filters, one tap"),
+        pytest.param((64, 24, 3, 3), (4, 64, 8, 8), id="rows of all images"),
+        pytest.param((320, 24, 3, 3), (4, 320, 8, 8), id="rows of all images, a sum in layers"),
+    ],
+)
+def test_weights_that_a_sum_goes_across_are_copied(w: tuple[int, ...], gy: tuple[int, ...]) -> None:
+    def dgrad(x: relax.Expr, weight: relax.Expr, gy: relax.Expr) -> relax.Expr:
+        return operators.conv2d_dgrad(R.nn.conv2d(x, weight, padding=w[2] // 2), gy)
+
+    text = scheduled(dgrad, (gy[0], w[1], *gy[2:]), w, gy, device=AVX512)
+    assert re.search(r'T.sblock\("\w+_global"\)', text)
+    assert ("packed_rows" in text) == (w[2] == 3)
+
+
 def tiles_of(make: Callable[..., relax.Expr], *shapes: tuple[int, ...]) -> list[dict[int, int]]:
     """Of the tiles of neighbours of a product: axis -> how many of it, with the vectors side by side under -1."""
     fused = lowering.fuse(module(make, *(array(*s) for s in shapes)), AVX512)

@@ -200,7 +200,7 @@ def _mix_rows(
 ) -> te.Tensor:
     """``_mix_taps`` where y reads ``reached`` rows, row y + row(ky) with each tap: only what the taps of a row read is gathered.
 
-    The same rows of all images lie side by side: another tap of the columns then is the same line, some whole rows further on.
+    The same rows of all images lie side by side: another row of taps then reads whole lines further on.
     """
     batch, outputs, height, width = shape
     size = (taps[0], taps[2], reached, batch, width)
@@ -239,9 +239,9 @@ def _layers(taps: tuple[int, int, int]) -> int:
     return next((k for k in range(1, MOST_LAYERS + 1) if taps[0] % k == 0 and taps[0] // k <= deepest), 1)
 
 
-def _lined_up(batch: int, width: int) -> bool:
-    """Whether a row of all images is whole vectors."""
-    return batch * width % (2 * ROW) == 0
+def _lined_up(batch: int, height: int, width: int) -> bool:
+    """Whether there are several rows, and a row of all images is whole vectors."""
+    return height > 1 and batch * width % (2 * ROW) == 0
 
 
 def _side_by_side(batch: int, area: int) -> tuple[int, int]:
@@ -303,7 +303,7 @@ def conv2d(x: te.Tensor, w: Callable, conv: _Conv, gather: int = ROW) -> te.Tens
     rows, columns = conv.rows, conv.columns
     if gather and _gathers(conv, rows.out, columns.out):
         read = window(x, (rows.before, columns.before), _reached(conv))
-        if rows.stride == 1 < rows.kernel and _lined_up(conv.batch, columns.out):
+        if rows.stride == rows.dilation == 1 < rows.kernel and _lined_up(conv.batch, rows.out, columns.out):
             return _mix_rows(
                 lambda n, c, r, v, kx: read(n, c, r, v * columns.stride + kx * columns.dilation),
                 lambda ky: ky * rows.dilation,
@@ -398,7 +398,7 @@ def _dgrad_gathered(
     reached = place[0] + bottom - top
     read = window(gy, (-top, -left), (reached, place[1] + right - left))
     shape, taps = (conv.batch, conv.channels, *place), (conv.filters, rows.count, columns.count)
-    if rows.count > 1 and _lined_up(conv.batch, place[1]):
+    if rows.shift == 1 < rows.count and _lined_up(conv.batch, *place):
         return _mix_rows(
             lambda n, o, r, v, kx: read(n, o, r, v + columns.base - left - kx * columns.shift),
             lambda ky: rows.base - top - ky * rows.shift,

@@ -227,7 +227,8 @@ class TrainStep:
     """A running training step: call it with data, and its parameters have moved.
 
     Data are NumPy arrays or anything with DLPack on the CPU (PyTorch tensors too): one array, or a tuple or list of them where
-    the model has several. Errors about data are ``InputError`` and change nothing. Threads that share a step need a lock.
+    the model has several. What begins at a multiple of 64 bytes, as PyTorch's tensors do, is read where it lies: it must not change
+    during a call. Errors about data are ``InputError`` and change nothing. Threads that share a step need a lock.
     """
 
     def __init__(self, place: Place, manifest: Manifest, state: Mapping[str, np.ndarray]) -> None:
@@ -346,6 +347,7 @@ class TrainStep:
                 )
         tensors = {name: self._tensor(array) for name, array in (new | self._rechosen(new)).items()}
         self._moment = self._prepared(self._moment.tensors | tensors, self.steps)
+        self._calls.clear()
 
     def marked(self) -> AbstractContextManager[list[Mark]]:
         """The ends of each call of the virtual machine in the block: ``with step.marked() as marks: step(x, y)``.
@@ -357,6 +359,7 @@ class TrainStep:
     def take_over(self, other: TrainStep) -> None:
         """Go on as ``other``, a step of the same artifact, where it is: on a board that came back, for example."""
         self.place, self._moment, self._outputs = other.place, other._moment, other._outputs
+        self._calls.clear()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all state to one file, so that ``restore`` and the steps after it give the same bits as going on from here.
@@ -378,6 +381,7 @@ class TrainStep:
             except InputError as error:  # a step would read and write beyond its weights
                 raise CheckpointError(f"checkpoint {path}: {error}") from error
         self._moment = self._prepared({name: self._tensor(value) for name, value in values.items()}, steps)
+        self._calls.clear()
 
     def _tensor(self, value: np.ndarray) -> Any:
         """A copy of ``value`` in the memory of what computes."""
