@@ -58,11 +58,11 @@ from tvmtrain.schedules.tiles import (
     split_tile,
     vector_axis,
 )
-from tvmtrain.schedules.windows import WRITTEN_OUT, window_tiles
+from tvmtrain.schedules.windows import WRITTEN_OUT, wide, window_tiles
 from tvmtrain.targets import Device
 
 # Multiplications to which the taps of a small kernel may be written out.
-LARGEST_TAPS = (WRITTEN_OUT, 32, 512)
+LARGEST_TAPS = (128, 32, 512)
 # Register tiles that are looked at.
 TILES = 16
 # Bytes that the partial sums of one kernel may take.
@@ -212,7 +212,8 @@ def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions, step
     finish_in(sch, rv, epilogue, outer[-1] if outer else None, device)
     for copied, at in copies:
         fill_then_copy(sch, copied, at)
-    for loop in _taps(sch, reductions, inner, LARGEST_TAPS[decisions.taps]):
+    written_out = WRITTEN_OUT if wide(device) and decisions.taps == 0 else LARGEST_TAPS[decisions.taps]
+    for loop in _taps(sch, reductions, inner, written_out):
         sch.unroll(loop)
     keep_in_registers(sch, rv, inner, reductions[0])
     return True

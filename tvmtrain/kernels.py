@@ -239,9 +239,9 @@ def _layers(taps: tuple[int, int, int]) -> int:
     return next((k for k in range(1, MOST_LAYERS + 1) if taps[0] % k == 0 and taps[0] // k <= deepest), 1)
 
 
-def _lined_up(batch: int, height: int, width: int) -> bool:
-    """Whether there are several rows, and a row of all images is whole vectors."""
-    return height > 1 and batch * width % (2 * ROW) == 0
+def _lined_up(gather: int, batch: int, height: int, width: int) -> bool:
+    """Whether there are several rows, and a row of all images is whole vectors, so wide that tiles of rows pay (``windows``)."""
+    return gather >= 2 * ROW and height > 1 and batch * width % gather == 0
 
 
 def _side_by_side(batch: int, area: int) -> tuple[int, int]:
@@ -303,7 +303,7 @@ def conv2d(x: te.Tensor, w: Callable, conv: _Conv, gather: int = ROW) -> te.Tens
     rows, columns = conv.rows, conv.columns
     if gather and _gathers(conv, rows.out, columns.out):
         read = window(x, (rows.before, columns.before), _reached(conv))
-        if rows.stride == rows.dilation == 1 < rows.kernel and _lined_up(conv.batch, rows.out, columns.out):
+        if rows.stride == rows.dilation == 1 < rows.kernel and _lined_up(gather, conv.batch, rows.out, columns.out):
             return _mix_rows(
                 lambda n, c, r, v, kx: read(n, c, r, v * columns.stride + kx * columns.dilation),
                 lambda ky: ky * rows.dilation,
@@ -362,14 +362,14 @@ def conv2d_dgrad(gy: te.Tensor, w: te.Tensor, conv: _Conv, gather: int = ROW) ->
     row_taps, column_taps = residues_of(rows), residues_of(columns)
     (top, bottom), (left, right) = reach(row_taps), reach(column_taps)
     if gather and _gathers(conv, rows.size, columns.size) and rows.stride == columns.stride == 1:
-        return _dgrad_gathered(gy, w, conv, row_taps[0], column_taps[0], (rows.size, columns.size))
+        return _dgrad_gathered(gy, w, conv, row_taps[0], column_taps[0], (rows.size, columns.size), gather)
     height, width = -(-rows.size // rows.stride), whole_vectors(-(-columns.size // columns.stride))
     pad = window(gy, (-top, -left), (height + bottom - top, width + right - left))
     if gather and _writes_out(conv):
         return _dgrad_written_out(pad, w, conv, (top, left), (height, width))
     small = (height, -(-columns.size // columns.stride))
     if gather and small[1] < ROW and _gathers(conv, *small):
-        part = partial(_dgrad_gathered, gy, w, conv, place=small, kept=True)
+        part = partial(_dgrad_gathered, gy, w, conv, place=small, gather=gather, kept=True)
     else:
         part = partial(_dgrad_part, pad, w, conv, origin=(top, left), place=(height, width))
     parts = [[part(rows=a, columns=b) if a.count and b.count else None for b in column_taps] for a in row_taps]
@@ -390,7 +390,7 @@ def conv2d_dgrad(gy: te.Tensor, w: te.Tensor, conv: _Conv, gather: int = ROW) ->
 
 
 def _dgrad_gathered(
-    gy: te.Tensor, w: te.Tensor, conv: _Conv, rows: Taps, columns: Taps, place: tuple[int, int], kept: bool = False
+    gy: te.Tensor, w: te.Tensor, conv: _Conv, rows: Taps, columns: Taps, place: tuple[int, int], gather: int, kept: bool = False
 ) -> te.Tensor:
     """dX at the places of one residue, on small maps."""
     (top, bottom), (left, right) = reach([rows]), reach([columns])
@@ -398,7 +398,7 @@ def _dgrad_gathered(
     reached = place[0] + bottom - top
     read = window(gy, (-top, -left), (reached, place[1] + right - left))
     shape, taps = (conv.batch, conv.channels, *place), (conv.filters, rows.count, columns.count)
-    if rows.shift == 1 < rows.count and _lined_up(conv.batch, *place):
+    if rows.shift == 1 < rows.count and _lined_up(gather, conv.batch, *place):
         return _mix_rows(
             lambda n, o, r, v, kx: read(n, o, r, v + columns.base - left - kx * columns.shift),
             lambda ky: rows.base - top - ky * rows.shift,
