@@ -212,7 +212,7 @@ def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions, step
     finish_in(sch, rv, epilogue, outer[-1] if outer else None, device)
     for copied, at in copies:
         fill_then_copy(sch, copied, at)
-    written_out = WRITTEN_OUT if wide(device) and decisions.taps == 0 else LARGEST_TAPS[decisions.taps]
+    written_out = WRITTEN_OUT if wide(device.lanes()) and decisions.taps == 0 else LARGEST_TAPS[decisions.taps]
     for loop in _taps(sch, reductions, inner, written_out):
         sch.unroll(loop)
     keep_in_registers(sch, rv, inner, reductions[0])

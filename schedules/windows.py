@@ -19,8 +19,8 @@ from tvmtrain.targets import Device
 
 # Multiplications to which a tile's taps are written out. Sums that hide how long a multiplication takes. Tiles that are looked at.
 WRITTEN_OUT, FEWEST, BEST = 144, 8, 4
-# Bits of a cache line.
-LINE = 512
+# Numbers in a cache line.
+CACHE_LINE = 16
 # How much less a tile of neighbours must load than one without: it also reads from more rows of a map at once.
 WORTH = 1.2
 
@@ -41,13 +41,13 @@ class Window:
         return (self.step * (neighbours - 1) + self.taps) / self.taps if written_out else neighbours
 
 
-def wide(device: Device) -> bool:
+def wide(lanes: int) -> bool:
     """Whether a vector is a whole cache line: loads, of two lines each where they begin anywhere, then are what a tile waits for.
 
     With narrower ones they are not, and taps that are written out need more registers than there are: half of the rate of a Cortex-A76
     by llvm-mca.
     """
-    return device.vector_bits >= LINE
+    return lanes >= CACHE_LINE
 
 
 def window_tiles(block: Block, device: Device, most: int) -> list[Tile]:
@@ -55,7 +55,7 @@ def window_tiles(block: Block, device: Device, most: int) -> list[Tile]:
 
     most: vectors side by side.
     """
-    axis = vector_axis(block) if wide(device) else None
+    axis = vector_axis(block) if wide(device.lanes()) else None
     window = None if axis is None else min(_windows(block, axis), key=lambda w: w.inside, default=None)
     width = lanes_of(block.extents[axis], device) if axis is not None and window is not None else None
     if axis is None or window is None or width is None:

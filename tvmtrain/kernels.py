@@ -24,6 +24,7 @@ from tvmtrain.operators import DGRAD, PACKED_CONV, WGRAD
 from tvmtrain.schedules.blocks import ACCUMULATED, KEPT, STRIDES
 from tvmtrain.schedules.side_by_side import PACKED_ROWS
 from tvmtrain.schedules.strips import LINE, RUN
+from tvmtrain.schedules.windows import wide
 from tvmtrain.strided import (
     ROW,
     Axis,
@@ -241,7 +242,7 @@ def _layers(taps: tuple[int, int, int]) -> int:
 
 def _lined_up(gather: int, batch: int, height: int, width: int) -> bool:
     """Whether there are several rows, and a row of all images is whole vectors, so wide that tiles of rows pay (``windows``)."""
-    return gather >= 2 * ROW and height > 1 and batch * width % gather == 0
+    return wide(gather) and height > 1 and batch * width % gather == 0
 
 
 def _side_by_side(batch: int, area: int) -> tuple[int, int]:

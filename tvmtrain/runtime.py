@@ -137,7 +137,7 @@ class Here:
         self._use_threads()
         self._machine = VirtualMachine(module, device)
         self._functions: dict[str, Any] = {}
-        self._given: dict[tuple[str, str], tuple[Any, tuple[int, ...], np.dtype[Any]]] = {}
+        self._given: dict[tuple[tuple[str, str], tuple[int, ...], np.dtype[Any]], Any] = {}
         self.seconds = 0.0
 
     def tensor(self, value: np.ndarray) -> Any:
@@ -151,12 +151,11 @@ class Here:
         value = np.asarray(value, order="C")
         if value.ctypes.data % ALIGNMENT == 0 and value.flags.writeable:  # DLPack hands out no others
             return tvm.runtime.from_dlpack(value)
-        tensor, *form = self._given.get(key, (None,))
-        if tensor is None or form != [value.shape, value.dtype]:
-            tensor = self.tensor(value)
-            self._given[key] = tensor, value.shape, value.dtype
-        ctypes.memmove(tensor.data_ptr(), value.ctypes.data, value.nbytes)
-        return tensor
+        kind = key, value.shape, value.dtype
+        if kind not in self._given:
+            self._given[kind] = self.tensor(value)
+        ctypes.memmove(self._given[kind].data_ptr(), value.ctypes.data, value.nbytes)
+        return self._given[kind]
 
     def same(self, one: Any, other: Any) -> bool:
         """As in ``Place``."""
@@ -346,8 +345,7 @@ class TrainStep:
                     f"{given!r} is tied to {name!r} in this model, and they have different values; give one of them"
                 )
         tensors = {name: self._tensor(array) for name, array in (new | self._rechosen(new)).items()}
-        self._moment = self._prepared(self._moment.tensors | tensors, self.steps)
-        self._calls.clear()
+        self._go_on_from(self._prepared(self._moment.tensors | tensors, self.steps))
 
     def marked(self) -> AbstractContextManager[list[Mark]]:
         """The ends of each call of the virtual machine in the block: ``with step.marked() as marks: step(x, y)``.
@@ -358,8 +356,8 @@ class TrainStep:
 
     def take_over(self, other: TrainStep) -> None:
         """Go on as ``other``, a step of the same artifact, where it is: on a board that came back, for example."""
-        self.place, self._moment, self._outputs = other.place, other._moment, other._outputs
-        self._calls.clear()
+        self.place, self._outputs = other.place, other._outputs
+        self._go_on_from(other._moment)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all state to one file, so that ``restore`` and the steps after it give the same bits as going on from here.
@@ -380,7 +378,11 @@ class TrainStep:
                 selection.check(chosen, values[selection.key(chosen)])
             except InputError as error:  # a step would read and write beyond its weights
                 raise CheckpointError(f"checkpoint {path}: {error}") from error
-        self._moment = self._prepared({name: self._tensor(value) for name, value in values.items()}, steps)
+        self._go_on_from(self._prepared({name: self._tensor(value) for name, value in values.items()}, steps))
+
+    def _go_on_from(self, moment: _Moment) -> None:
+        """Other state, and nothing kept of the old: calls would hold its tensors until the next call of their entry."""
+        self._moment = moment
         self._calls.clear()
 
     def _tensor(self, value: np.ndarray) -> Any:
