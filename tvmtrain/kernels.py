@@ -506,7 +506,7 @@ def _channels_last(x: te.Tensor, size: tuple[int, int], before: tuple[int, int],
 
     plain: without a question for each number, where nothing is padded.
     """
-    block = next((b for b in (4 * ROW, 6 * ROW, 2 * ROW) if channels % b == 0 and channels > 6 * ROW), channels)
+    block = next((b for b in (6 * ROW, 4 * ROW, 2 * ROW) if channels % b == 0 and channels > 6 * ROW), channels)
     batch, *whole = shape_of(x)
     inside = before == (0, 0) and whole[0] == channels and size[0] <= whole[1] and size[1] <= whole[2]
 
