@@ -67,6 +67,11 @@ def pipeline(training: Training, optimizer: Optimizer, *, gradients: bool = Fals
 
     gradients: keep an entry that returns the gradients, to compare them with PyTorch's.
     """
+    return Sequential([step(training, optimizer, gradients=gradients), arrangement(training)])
+
+
+def step(training: Training, optimizer: Optimizer, *, gradients: bool = False) -> Sequential:
+    """The first half of ``pipeline``: what a step computes."""
     trained = tuple(training.trained)
     return Sequential(
         [
@@ -89,6 +94,14 @@ def pipeline(training: Training, optimizer: Optimizer, *, gradients: bool = Fals
             relax.transform.DeadCodeElimination(),
             DropUnread(),
             ScaleWeights(),
+        ]
+    )
+
+
+def arrangement(training: Training) -> Sequential:
+    """The second half of ``pipeline``: the same, with less in memory at once."""
+    return Sequential(
+        [
             # 5. What the forward keeps for the backward.
             Recompute(),
             GatherEarly(),

@@ -41,18 +41,24 @@ class Dependences:
                 written |= {var: i for var, _ in self.memory[binding.var]}
         for var, writer in written.items():
             self.before[writer] |= set(self.reads.get((var, False), [])) - {writer}
+        self.after: list[set[int]] = [set() for _ in self.before]
+        for i, needs in enumerate(self.before):
+            for need in needs:
+                self.after[need].add(i)
+
+    def delay(self, binding: int, others: set[int]) -> None:
+        """Let a binding wait for others, too."""
+        self.before[binding] |= others
+        for other in others:
+            self.after[other].add(binding)
 
     def reaches(self, start: int) -> set[int]:
         """The bindings that come after ``start`` in every order."""
-        after: dict[int, list[int]] = {}
-        for i, needs in enumerate(self.before):
-            for need in needs:
-                after.setdefault(need, []).append(i)
         found: set[int] = set()
         waiting = [start]
         while waiting:
-            new = [i for i in after.get(waiting.pop(), []) if i not in found]
-            found.update(new)
+            new = self.after[waiting.pop()] - found
+            found |= new
             waiting.extend(new)
         return found
 

@@ -98,7 +98,7 @@ class _Rewriter:
             return False
         inplace = relax.op.call_tir_inplace(self._aliasing(gvar, same), relax.Tuple([*args, old]), len(args), new.ty)
         self.bindings[place] = relax.VarBinding(new, self.builder.normalize(inplace))
-        self.seen.before[place] |= readers
+        self.seen.delay(place, readers)
         return True
 
     def _aliasing(self, gvar: GlobalVar, same: tuple[int, ...]) -> GlobalVar:

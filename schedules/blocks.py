@@ -119,28 +119,45 @@ def describe(sch: Schedule, block: SBlockRV) -> Block | None:
     if any(not isinstance(e, tirx.IntImm) or int(e) != int(loop.extent) for e, loop in zip(extents, loops, strict=True)):
         return None
     variables = tuple(axis.var for axis in axes)
-    analyzer = sym.Analyzer()
-    for axis in source.iter_vars:
-        analyzer.bind(axis.var, axis.dom)
+    simplified = _Simplified(source.iter_vars)
     return Block(
         name=source.name_hint,
         source=source,
         variables=variables,
         extents=tuple(int(e) for e in extents),
         reduced=tuple(axis.iter_type == tirx.IterVar.CommReduce for axis in axes),
-        reads=tuple(_access(region, variables, analyzer) for region in source.reads),
-        write=_access(source.writes[0], variables, analyzer),
+        reads=tuple(_access(region, variables, simplified) for region in source.reads),
+        write=_access(source.writes[0], variables, simplified),
     )
 
 
-def _access(region: Any, variables: Sequence[Any], analyzer: sym.Analyzer) -> Access:
+class _Simplified:
+    """Expressions of a block's axes, simplified: most are a number, or an axis of several steps, and need no analyzer."""
+
+    def __init__(self, axes: Sequence[Any]) -> None:
+        self.axes = axes
+        self.single = [axis.var for axis in axes if isinstance(axis.dom.extent, tirx.IntImm) and int(axis.dom.extent) == 1]
+
+    @cached_property
+    def analyzer(self) -> sym.Analyzer:
+        analyzer = sym.Analyzer()
+        for axis in self.axes:
+            analyzer.bind(axis.var, axis.dom)
+        return analyzer
+
+    def __call__(self, expression: Any) -> Any:
+        plain = isinstance(expression, tirx.Var | tirx.IntImm) and not any(expression.same_as(v) for v in self.single)
+        return expression if plain else self.analyzer.simplify(expression)
+
+
+def _access(region: Any, variables: Sequence[Any], simplified: _Simplified) -> Access:
     buffer = buffer_of(region)
-    index = tuple(analyzer.simplify(r.min) for r in region.region)
-    return Access(buffer, index, _strides(tuple(buffer.shape), index, variables, analyzer))
+    index = tuple(simplified(r.min) for r in region.region)
+    return Access(buffer, index, _strides(tuple(buffer.shape), index, variables, simplified))
 
 
 def _strides(
-    shape: Sequence[Any], index: Sequence[Any], variables: Sequence[Any], analyzer: sym.Analyzer
+    shape: Sequence[Any], index: Sequence[Any], variables: Sequence[Any], simplified: _Simplified
 ) -> tuple[int | None, ...]:
     if all(isinstance(i, tirx.Var | tirx.IntImm) for i in index) and all(isinstance(d, tirx.IntImm) for d in shape):
         # Most are: no expression of theirs needs to be made and looked through.
@@ -149,7 +166,7 @@ def _strides(
     place: Any = tirx.const(0, "int64")
     for dimension, i in zip(shape, index, strict=True):
         place = place * dimension + i
-    place = analyzer.simplify(place)
+    place = simplified(place)
     return tuple(_stride(place, v) for v in variables)
 
 

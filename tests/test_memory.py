@@ -89,6 +89,15 @@ def test_a_plan_of_nothing_and_the_same_plan_twice():
     assert arena.plan(blocks) == arena.plan(blocks)
 
 
+def test_no_other_way_is_tried_once_none_can_be_smaller(monkeypatch):
+    tried = []
+    attempt = arena._Puzzle.attempt
+    monkeypatch.setattr(arena._Puzzle, "attempt", lambda self, order, gap: tried.append(gap) or attempt(self, order, gap))
+    alike = [arena.Block(64, i, i + 1) for i in range(9)]
+    assert arena.plan(alike).size == arena.lower_bound(alike)
+    assert len(tried) == 1
+
+
 # --- The order --------------------------------------------------------------------------------------------------------------
 
 

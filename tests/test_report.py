@@ -102,6 +102,16 @@ def test_what_is_kept_is_what_the_backward_reads() -> None:
     assert sparse.to_dict()["against"]["arena"] == full.arena
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_costs_are_known_before_the_step_is_arranged_for_memory(training: bool) -> None:
+    model, x, y = small()
+    graph = tt.trace(model.train(training), x, y)
+    costs = {layer.name: (layer.trained, layer.kept, layer.flops) for layer in tt.build(graph, quick_device()).manifest.costs}
+    layers = graph.summary(device=quick_device()).layers
+    assert costs == {layer.name: (layer.trained, layer.kept, layer.flops) for layer in layers}
+    assert sum(kept for _, kept, _ in costs.values()) > 0
+
+
 def test_a_full_plan_is_the_dense_step() -> None:
     dense = tt.trace(*small())
     full = dense.apply(UpdatePlan.full(dense.layers))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
+import tvm_ffi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from relax_cases import close, module, run
@@ -369,6 +370,13 @@ def test_primitives_are_called_without_a_check_in_python() -> None:
     for refused in (lambda: sch.get_loops(3), lambda: sch.vectorize(block), lambda: sch.get_sblock(1.5)):
         with pytest.raises(FAILURES):
             refused()
+
+
+@pytest.mark.parametrize("values", [[], [3], [3, "a", 2.5]])
+def test_arrays_are_gone_through_element_by_element(values: list) -> None:
+    array = tvm_ffi.Array(values)
+    assert [*array] == values == [array[i] for i in range(len(array))]
+    assert dict(zip(array, array, strict=True)) == {value: value for value in values}
 
 
 def test_a_line_of_all_images_is_read_and_written_in_runs_of_one_image() -> None:

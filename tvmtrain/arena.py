@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from random import Random
 
 # What TVM's kernels assume of every tensor's address.
@@ -63,7 +64,7 @@ def plan(blocks: Sequence[Block]) -> Plan:
     if not blocks:
         return Plan((), 0)
     puzzle = _Puzzle(blocks)
-    starts = sorted((puzzle.attempt(order, gap) for order in _orders(blocks) for gap in (_first_gap, _best_gap)), key=_size)
+    starts = sorted(puzzle.starts(_orders(blocks)), key=_size)
     rounds = min(ROUNDS, PLACEMENTS // len(blocks)) // STARTS
     best = starts[0]
     for start in starts[:STARTS]:
@@ -102,6 +103,15 @@ class _Puzzle:
     def solved(self, attempt: _Attempt) -> bool:
         """Whether no plan is smaller by more than a thousandth of the lower bound."""
         return attempt.size - self.target <= self.target // 1000
+
+    def starts(self, orders: Sequence[list[int]]) -> list[_Attempt]:
+        """An attempt with each order and way to choose a gap; none after one that cannot be smaller."""
+        made: list[_Attempt] = []
+        for order, gap in product(orders, (_first_gap, _best_gap)):
+            made.append(self.attempt(order, gap))
+            if made[-1].size == self.target:
+                break
+        return made
 
     def attempt(self, order: list[int], gap: Gap) -> _Attempt:
         offsets = [-1] * len(order)

@@ -40,11 +40,11 @@ def build(graph: TrainGraph, device: str | Device = "host", *, gradients: bool =
         # The compiler evaluates constants on the pool that this thread will train with, and a pool cannot grow.
         runtime.use_threads(runtime.default_threads())
     # Layers' costs are read from the gradients, compiled or not.
-    module = graph.module(gradients=True)
-    costs = summarize.layer_costs(graph, module)
+    computed = graph.computed(gradients=True)
+    costs = summarize.layer_costs(graph, computed)
     if not gradients:
-        del module[module.get_global_var("gradients")]
-    module = packed(module, device)
+        del computed[computed.get_global_var("gradients")]
+    module = packed(graph.arranged(computed), device)
     entries = graph.entries(module)
     state = graph.state(entries)
     fused = lowering.fuse(module, device)

@@ -100,7 +100,15 @@ class TrainGraph:
 
     def module(self, *, gradients: bool = False) -> tvm.IRModule:
         """The functions ``train_step``, ``predict`` and ``loss``; with ``gradients``, an entry that returns them, too."""
-        return passes.pipeline(self._training(), self.optimizer, gradients=gradients)(self.imported.module)
+        return self.arranged(self.computed(gradients=gradients))
+
+    def computed(self, *, gradients: bool = False) -> tvm.IRModule:
+        """What ``module`` computes, before it is arranged for memory."""
+        return passes.step(self._training(), self.optimizer, gradients=gradients)(self.imported.module)
+
+    def arranged(self, computed: tvm.IRModule) -> tvm.IRModule:
+        """``computed`` as ``module`` returns it."""
+        return passes.arrangement(self._training())(computed)
 
     def _training(self) -> passes.Training:
         """What the plan asks for, by parameter."""
