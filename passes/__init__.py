@@ -94,6 +94,9 @@ def step(training: Training, optimizer: Optimizer, *, gradients: bool = False) -
             relax.transform.DeadCodeElimination(),
             DropUnread(),
             ScaleWeights(),
+            # 5. What the forward keeps for the backward, by layer, and what is made of it again.
+            Recompute(),
+            GatherEarly(),
         ]
     )
 
@@ -102,12 +105,10 @@ def arrangement(training: Training) -> Sequential:
     """The second half of ``pipeline``: the same, with less in memory at once."""
     return Sequential(
         [
-            # 5. What the forward keeps for the backward.
-            Recompute(),
-            GatherEarly(),
+            # 6. As what, and since when, it is kept.
             HoistSaved(),
             PackMasks(),
-            # 6. What of the forward is computed in strips, if the memory for all of it is not there.
+            # 7. What of the forward is computed in strips, if the memory for all of it is not there.
             *([] if training.strips is None else [InStrips(training.strips)]),
         ]
     )

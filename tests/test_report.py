@@ -104,11 +104,16 @@ def test_what_is_kept_is_what_the_backward_reads() -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_costs_are_known_before_the_step_is_arranged_for_memory(training: bool) -> None:
-    model, x, y = small()
+    layers = [
+        module for o, k in ((12, 1), (12, 3), (20, 1)) for module in (nn.LazyConv2d(o, k), nn.LazyBatchNorm2d(), nn.ReLU6())
+    ]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(4))
+    _, x, y = small()
+    model(x)
     graph = tt.trace(model.train(training), x, y)
     costs = {layer.name: (layer.trained, layer.kept, layer.flops) for layer in tt.build(graph, quick_device()).manifest.costs}
-    layers = graph.summary(device=quick_device()).layers
-    assert costs == {layer.name: (layer.trained, layer.kept, layer.flops) for layer in layers}
+    summary = graph.summary(device=quick_device())
+    assert costs == {layer.name: (layer.trained, layer.kept, layer.flops) for layer in summary.layers}
     assert sum(kept for _, kept, _ in costs.values()) > 0
 
 
