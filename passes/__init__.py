@@ -71,7 +71,7 @@ def pipeline(training: Training, optimizer: Optimizer, *, gradients: bool = Fals
 
 
 def step(training: Training, optimizer: Optimizer, *, gradients: bool = False) -> Sequential:
-    """The first half of ``pipeline``: what a step computes."""
+    """The first half of ``pipeline``: what a step computes, and which features each layer keeps. Layers' costs are known after it."""
     trained = tuple(training.trained)
     return Sequential(
         [
@@ -94,7 +94,7 @@ def step(training: Training, optimizer: Optimizer, *, gradients: bool = False) -
             relax.transform.DeadCodeElimination(),
             DropUnread(),
             ScaleWeights(),
-            # 5. What the forward keeps for the backward, by layer, and what is made of it again.
+            # 5. What the forward keeps for the backward. These decide what a layer keeps; what follows changes no layer's costs.
             Recompute(),
             GatherEarly(),
         ]
@@ -102,7 +102,7 @@ def step(training: Training, optimizer: Optimizer, *, gradients: bool = False) -
 
 
 def arrangement(training: Training) -> Sequential:
-    """The second half of ``pipeline``: the same, with less in memory at once."""
+    """The second half of ``pipeline``: the same with less in memory at once."""
     return Sequential(
         [
             # 6. As what, and since when, it is kept.

@@ -18,7 +18,9 @@ Memory = tuple[relax.Var, bool]
 
 @dataclass
 class Dependences:
-    """``before``: for each binding, by number, the bindings that precede it. ``memory``: what each variable may be, or look at.
+    """``before``: for each binding, by number, the bindings that precede it; ``after``: those that it precedes.
+
+    ``memory``: what each variable may be, or look at.
 
     A tensor is overwritten at most once, by a ``call_tir_inplace``.
     """

@@ -281,6 +281,32 @@ def with_optimizer(optimizer: tt.SGD | tt.Adam | tt.AdamW) -> tt.TrainGraph:
     return tt.trace(model, *batch(), optimizer=optimizer)
 
 
+class Crossed(nn.Module):
+    """Two buffers whose new values are each made of both old ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3 * 24 * 24, 4)
+        self.register_buffer("a", torch.randn(24))
+        self.register_buffer("b", torch.randn(24))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = 0.9 * self.a + self.b, self.a - 0.5 * self.b
+        self.a.copy_(a)
+        self.b.copy_(b)
+        return self.linear((x + a * b).flatten(1))
+
+
+def test_two_states_are_made_of_each_other():
+    model = Crossed()
+    step = tt.build(tt.trace(model, *batch())).load()
+    for _ in range(3):
+        step(*batch())
+        model(batch()[0])
+    for name in ("a", "b"):
+        torch.testing.assert_close(torch.from_numpy(step._moment.tensors[name].numpy()), getattr(model, name))
+
+
 OPTIMIZERS = {
     "sgd": tt.SGD(lr=0.05),
     "momentum": tt.SGD(lr=0.05, momentum=0.9, weight_decay=1e-2, nesterov=True, clip_norm=1.0),

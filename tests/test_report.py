@@ -102,8 +102,16 @@ def test_what_is_kept_is_what_the_backward_reads() -> None:
     assert sparse.to_dict()["against"]["arena"] == full.arena
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_costs_are_known_before_the_step_is_arranged_for_memory(training: bool) -> None:
+@pytest.mark.parametrize(
+    ("training", "plan"),
+    [
+        pytest.param(False, None, id="frozen statistics"),
+        pytest.param(True, None, id="statistics of the batch"),
+        pytest.param(False, UpdatePlan({"3": tt.LayerUpdate(filter=2), "6": tt.LayerUpdate(filter=2)}), id="filtered"),
+        pytest.param(False, UpdatePlan({"3": tt.LayerUpdate(0.5), "11": tt.LayerUpdate()}), id="some channels"),
+    ],
+)
+def test_costs_are_known_before_the_step_is_arranged_for_memory(training: bool, plan: UpdatePlan | None) -> None:
     layers = [
         module for o, k in ((12, 1), (12, 3), (20, 1)) for module in (nn.LazyConv2d(o, k), nn.LazyBatchNorm2d(), nn.ReLU6())
     ]
@@ -111,10 +119,11 @@ def test_costs_are_known_before_the_step_is_arranged_for_memory(training: bool) 
     _, x, y = small()
     model(x)
     graph = tt.trace(model.train(training), x, y)
-    costs = {layer.name: (layer.trained, layer.kept, layer.flops) for layer in tt.build(graph, quick_device()).manifest.costs}
-    summary = graph.summary(device=quick_device())
-    assert costs == {layer.name: (layer.trained, layer.kept, layer.flops) for layer in summary.layers}
-    assert sum(kept for _, kept, _ in costs.values()) > 0
+    if plan is not None:
+        graph = graph.apply(plan)
+    costs = tt.build(graph, quick_device()).manifest.costs
+    assert costs == graph.summary(device=quick_device()).layers
+    assert sum(layer.kept for layer in costs) > 0
 
 
 def test_a_full_plan_is_the_dense_step() -> None:

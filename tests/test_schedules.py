@@ -22,8 +22,8 @@ from tvm.relax.op.grad import max_pool2d_backward
 from tvm.s_tir import Schedule
 
 from tvmtrain import filtering, lowering, operators, registers, schedules, targets
-from tvmtrain.schedules import cpu, windows
-from tvmtrain.schedules.blocks import FAILURES
+from tvmtrain.schedules import cpu, primitives, tiles, windows
+from tvmtrain.schedules.blocks import FAILURES, Block
 from tvmtrain.schedules.decisions import Decisions
 from tvmtrain.targets import Device
 
@@ -331,12 +331,33 @@ def test_weights_that_a_sum_goes_across_are_copied(w: tuple[int, ...], gy: tuple
     assert ("packed_rows" in text) == (w[2] == 3)
 
 
-def tiles_of(make: Callable[..., relax.Expr], *shapes: tuple[int, ...]) -> list[dict[int, int]]:
-    """Of the tiles of neighbours of a product: axis -> how many of it, with the vectors side by side under -1."""
+def product_of(make: Callable[..., relax.Expr], *shapes: tuple[int, ...]) -> Block:
     fused = lowering.fuse(module(make, *(array(*s) for s in shapes)), AVX512)
     (kernel,) = [f for f in fused.functions.values() if isinstance(f, tirx.PrimFunc)]
     (product,) = [b for b in cpu.blocks_of(Schedule(kernel)) if b.reduction and len(b.reads) > 1]
-    return [dict(tile.rows) | {-1: tile.columns} for tile in windows.window_tiles(product, AVX512, 4)]
+    return product
+
+
+def tiles_of(make: Callable[..., relax.Expr], *shapes: tuple[int, ...]) -> list[dict[int, int]]:
+    """Of the tiles of neighbours of a product: axis -> how many of it, with the vectors side by side under -1."""
+    tiles = windows.window_tiles(product_of(make, *shapes), AVX512, 4)
+    return [dict(tile.rows) | {-1: tile.columns} for tile in tiles]
+
+
+def test_a_weight_gradient_has_three_vectors_with_eight_filters() -> None:
+    def wgrad(x: relax.Expr, w: relax.Expr, gy: relax.Expr) -> relax.Expr:
+        return operators.conv2d_wgrad(R.nn.conv2d(x, w), gy)
+
+    tile = tiles.register_tile(product_of(wgrad, (2, 96, 8, 8), (64, 96, 1, 1), (2, 64, 8, 8)), AVX512, whole=False)
+    assert tile is not None
+    assert (tile.columns, [size for _, size in tile.rows]) == (3, [8])
+
+
+def test_a_step_along_an_axis_of_one_step_moves_nothing() -> None:
+    fused = lowering.fuse(module(R.add, array(1, 24), array(3, 24)), AVX512)
+    (kernel,) = [f for f in fused.functions.values() if isinstance(f, tirx.PrimFunc)]
+    (block,) = cpu.blocks_of(Schedule(kernel))
+    assert [read.strides for read in block.reads] == [(0, 1), (24, 1)]
 
 
 def test_a_tile_of_neighbours_loads_the_lines_that_they_share_once() -> None:
@@ -376,7 +397,7 @@ def test_primitives_are_called_without_a_check_in_python() -> None:
 def test_arrays_are_gone_through_element_by_element(values: list) -> None:
     array = tvm_ffi.Array(values)
     assert [*array] == values == [array[i] for i in range(len(array))]
-    assert dict(zip(array, array, strict=True)) == {value: value for value in values}
+    assert tvm_ffi.Array.__iter__ is primitives._elements
 
 
 def test_a_line_of_all_images_is_read_and_written_in_runs_of_one_image() -> None:

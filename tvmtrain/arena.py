@@ -105,7 +105,7 @@ class _Puzzle:
         return attempt.size - self.target <= self.target // 1000
 
     def starts(self, orders: Sequence[list[int]]) -> list[_Attempt]:
-        """An attempt with each order and way to choose a gap; none after one that cannot be smaller."""
+        """An attempt with each order and way to choose a gap; none after one that cannot be smaller: it would be first."""
         made: list[_Attempt] = []
         for order, gap in product(orders, (_first_gap, _best_gap)):
             made.append(self.attempt(order, gap))

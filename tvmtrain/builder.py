@@ -39,7 +39,7 @@ def build(graph: TrainGraph, device: str | Device = "host", *, gradients: bool =
     if device.arch == targets.architecture():
         # The compiler evaluates constants on the pool that this thread will train with, and a pool cannot grow.
         runtime.use_threads(runtime.default_threads())
-    # Layers' costs are read from the gradients, compiled or not.
+    # Layers' costs are read from the gradients, compiled or not; those that are not need not be arranged.
     computed = graph.computed(gradients=True)
     costs = summarize.layer_costs(graph, computed)
     if not gradients:

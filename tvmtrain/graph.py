@@ -100,14 +100,14 @@ class TrainGraph:
 
     def module(self, *, gradients: bool = False) -> tvm.IRModule:
         """The functions ``train_step``, ``predict`` and ``loss``; with ``gradients``, an entry that returns them, too."""
-        return self.arranged(self.computed(gradients=gradients))
+        return passes.pipeline(self._training(), self.optimizer, gradients=gradients)(self.imported.module)
 
     def computed(self, *, gradients: bool = False) -> tvm.IRModule:
-        """What ``module`` computes, before it is arranged for memory."""
+        """What ``module`` computes, before it is arranged for memory: layers' costs can be read from its gradients."""
         return passes.step(self._training(), self.optimizer, gradients=gradients)(self.imported.module)
 
     def arranged(self, computed: tvm.IRModule) -> tvm.IRModule:
-        """``computed`` as ``module`` returns it."""
+        """``computed``, of this graph, as ``module`` returns it."""
         return passes.arrangement(self._training())(computed)
 
     def _training(self) -> passes.Training:
