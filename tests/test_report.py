@@ -112,9 +112,8 @@ def test_what_is_kept_is_what_the_backward_reads() -> None:
     ],
 )
 def test_costs_are_known_before_the_step_is_arranged_for_memory(training: bool, plan: UpdatePlan | None) -> None:
-    layers = [
-        module for o, k in ((12, 1), (12, 3), (20, 1)) for module in (nn.LazyConv2d(o, k), nn.LazyBatchNorm2d(), nn.ReLU6())
-    ]
+    convs = [nn.LazyConv2d(12, 1), nn.LazyConv2d(12, 3, padding=1), nn.LazyConv2d(20, 1)]
+    layers = [module for conv in convs for module in (conv, nn.LazyBatchNorm2d(), nn.ReLU6())]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(4))
     _, x, y = small()
     model(x)

@@ -354,10 +354,10 @@ def test_a_weight_gradient_has_three_vectors_with_eight_filters() -> None:
 
 
 def test_a_step_along_an_axis_of_one_step_moves_nothing() -> None:
-    fused = lowering.fuse(module(R.add, array(1, 24), array(3, 24)), AVX512)
+    fused = lowering.fuse(module(R.add, array(1, 24), array(1, 24)), AVX512)
     (kernel,) = [f for f in fused.functions.values() if isinstance(f, tirx.PrimFunc)]
     (block,) = cpu.blocks_of(Schedule(kernel))
-    assert [read.strides for read in block.reads] == [(0, 1), (24, 1)]
+    assert [read.strides for read in block.reads] == [(0, 1), (0, 1)]
 
 
 def test_a_tile_of_neighbours_loads_the_lines_that_they_share_once() -> None:
