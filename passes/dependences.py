@@ -27,26 +27,25 @@ class Dependences:
 
     bindings: Sequence[relax.Binding]
     before: list[set[int]] = field(default_factory=list)
+    after: list[set[int]] = field(default_factory=list)
     memory: dict[relax.Var, frozenset[Memory]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         number = {binding.var: i for i, binding in enumerate(self.bindings)}
-        self.before = [{number[v] for v in relax.analysis.free_vars(b.value) if v in number} for b in self.bindings]
+        self.before = [set() for _ in self.bindings]
+        self.after = [set() for _ in self.bindings]
         self.reads: dict[Memory, list[int]] = {}
         written: dict[relax.Var, int] = {}
         # Each variable is made before it is read in any order of a well-formed block.
         for i, binding in enumerate(self.bindings):
+            self.delay(i, {number[v] for v in relax.analysis.free_vars(binding.value) if v in number})
             for memory in self._read(binding.value):
                 self.reads.setdefault(memory, []).append(i)
             self.memory[binding.var] = self._made(binding)
             if overwritten(binding.value) is not None:
                 written |= {var: i for var, _ in self.memory[binding.var]}
         for var, writer in written.items():
-            self.before[writer] |= set(self.reads.get((var, False), [])) - {writer}
-        self.after: list[set[int]] = [set() for _ in self.before]
-        for i, needs in enumerate(self.before):
-            for need in needs:
-                self.after[need].add(i)
+            self.delay(writer, set(self.reads.get((var, False), [])) - {writer})
 
     def delay(self, binding: int, others: set[int]) -> None:
         """Let a binding wait for others, too."""

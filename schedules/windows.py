@@ -44,8 +44,8 @@ class Window:
 def wide(lanes: int) -> bool:
     """Whether a vector is a whole cache line: loads, of two lines each where they begin anywhere, then are what a tile waits for.
 
-    With narrower ones they are not, and taps that are written out need more registers than there are: half of the rate of a Cortex-A76
-    by llvm-mca.
+    With narrower ones they are not, and taps that are written out need more registers than there are: ``benchmarks/inner_loops.py``
+    shows what a change here costs.
     """
     return lanes >= CACHE_LINE
 

@@ -331,17 +331,21 @@ def test_weights_that_a_sum_goes_across_are_copied(w: tuple[int, ...], gy: tuple
     assert ("packed_rows" in text) == (w[2] == 3)
 
 
-def product_of(make: Callable[..., relax.Expr], *shapes: tuple[int, ...]) -> Block:
+def blocks_of(make: Callable[..., relax.Expr], *shapes: tuple[int, ...]) -> list[Block]:
+    """Those of the one kernel, before it is scheduled."""
     fused = lowering.fuse(module(make, *(array(*s) for s in shapes)), AVX512)
     (kernel,) = [f for f in fused.functions.values() if isinstance(f, tirx.PrimFunc)]
-    (product,) = [b for b in cpu.blocks_of(Schedule(kernel)) if b.reduction and len(b.reads) > 1]
+    return cpu.blocks_of(Schedule(kernel))
+
+
+def product_of(make: Callable[..., relax.Expr], *shapes: tuple[int, ...]) -> Block:
+    (product,) = [b for b in blocks_of(make, *shapes) if b.reduction and len(b.reads) > 1]
     return product
 
 
 def tiles_of(make: Callable[..., relax.Expr], *shapes: tuple[int, ...]) -> list[dict[int, int]]:
     """Of the tiles of neighbours of a product: axis -> how many of it, with the vectors side by side under -1."""
-    tiles = windows.window_tiles(product_of(make, *shapes), AVX512, 4)
-    return [dict(tile.rows) | {-1: tile.columns} for tile in tiles]
+    return [dict(tile.rows) | {-1: tile.columns} for tile in windows.window_tiles(product_of(make, *shapes), AVX512, 4)]
 
 
 def test_a_weight_gradient_has_three_vectors_with_eight_filters() -> None:
@@ -354,9 +358,7 @@ def test_a_weight_gradient_has_three_vectors_with_eight_filters() -> None:
 
 
 def test_a_step_along_an_axis_of_one_step_moves_nothing() -> None:
-    fused = lowering.fuse(module(R.add, array(1, 24), array(1, 24)), AVX512)
-    (kernel,) = [f for f in fused.functions.values() if isinstance(f, tirx.PrimFunc)]
-    (block,) = cpu.blocks_of(Schedule(kernel))
+    (block,) = blocks_of(R.add, (1, 24), (1, 24))
     assert [read.strides for read in block.reads] == [(0, 1), (0, 1)]
 
 

@@ -40,7 +40,7 @@ def build(graph: TrainGraph, device: str | Device = "host", *, gradients: bool =
         # The compiler evaluates constants on the pool that this thread will train with, and a pool cannot grow.
         runtime.use_threads(runtime.default_threads())
     # Layers' costs are read from the gradients, compiled or not; those that are not need not be arranged.
-    computed = graph.computed(gradients=True)
+    computed = graph.computed()
     costs = summarize.layer_costs(graph, computed)
     if not gradients:
         del computed[computed.get_global_var("gradients")]

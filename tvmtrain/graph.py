@@ -102,9 +102,9 @@ class TrainGraph:
         """The functions ``train_step``, ``predict`` and ``loss``; with ``gradients``, an entry that returns them, too."""
         return passes.pipeline(self._training(), self.optimizer, gradients=gradients)(self.imported.module)
 
-    def computed(self, *, gradients: bool = False) -> tvm.IRModule:
-        """What ``module`` computes, before it is arranged for memory: layers' costs can be read from its gradients."""
-        return passes.step(self._training(), self.optimizer, gradients=gradients)(self.imported.module)
+    def computed(self) -> tvm.IRModule:
+        """What ``module`` computes, gradients too, before it is arranged for memory: layers' costs can be read from it."""
+        return passes.step(self._training(), self.optimizer, gradients=True)(self.imported.module)
 
     def arranged(self, computed: tvm.IRModule) -> tvm.IRModule:
         """``computed``, of this graph, as ``module`` returns it."""
