@@ -1,7 +1,7 @@
 """The schedule of every kernel on a processor: vectors along memory, sums in registers, cores over what is left.
 
 ``schedule`` first inlines what is cheap. A product that is part of what reads it (``schedules.chains``) is computed in the same tasks
-(``chain``). Every other block of a PrimFunc gets the first of these that fits it:
+(``chain``, or with the projection that follows ``schedules.bottleneck``). Every other block of a PrimFunc gets the first of these that fits it:
 
 1. side_by_side: a product over channels of maps that are no whole vectors. Some filters' results for all places stay in the cache.
 2. pooled: sums of rows of a map of which others take sums of neighbours (patches). A row at a time stays in the cache.
@@ -26,11 +26,11 @@ from math import prod
 from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV
-from tvm.tirx import IndexMap
 
 from tvmtrain.schedules import transposing
 from tvmtrain.schedules.accumulate import accumulate
 from tvmtrain.schedules.blocks import FAILURES, Block, describe, merged
+from tvmtrain.schedules.bottleneck import bottleneck
 from tvmtrain.schedules.copies import bring, private_copies, read_by_rows
 from tvmtrain.schedules.decisions import DEFAULT, Decisions
 from tvmtrain.schedules.epilogues import epilogue_of, finish_in
@@ -57,12 +57,11 @@ from tvmtrain.schedules.tiles import (
     register_tile,
     split_tile,
     vector_axis,
+    with_rows,
 )
-from tvmtrain.schedules.windows import WRITTEN_OUT, wide, window_tiles
+from tvmtrain.schedules.windows import tile_of, write_out_taps
 from tvmtrain.targets import Device
 
-# Multiplications to which the taps of a small kernel may be written out.
-LARGEST_TAPS = (128, 32, 512)
 # Register tiles that are looked at.
 TILES = 16
 # Bytes that the partial sums of one kernel may take.
@@ -182,9 +181,9 @@ def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions, step
     rv = sch.get_sblock(block.name)
     epilogue, cut = epilogue_of(sch, block, device) if block.reduction else (None, False)
     most = IN_STRIPS if any(in_strips(block, read) for read in block.reads) else ON_MAPS
-    shape = _tile_of(block, device, cut, decisions.tile, most) if block.reduction else None
+    shape = tile_of(block, device, cut, decisions.tile, most) if block.reduction else None
     if shape is None and cut:
-        epilogue, shape = None, _tile_of(block, device, False, decisions.tile, most)
+        epilogue, shape = None, tile_of(block, device, False, decisions.tile, most)
     if shape is None:
         return False
     loops = sch.get_loops(rv)
@@ -212,17 +211,9 @@ def tile(sch: Schedule, block: Block, device: Device, decisions: Decisions, step
     finish_in(sch, rv, epilogue, outer[-1] if outer else None, device)
     for copied, at in copies:
         fill_then_copy(sch, copied, at)
-    written_out = WRITTEN_OUT if wide(device.lanes()) and decisions.taps == 0 else LARGEST_TAPS[decisions.taps]
-    for loop in _taps(sch, reductions, inner, written_out):
-        sch.unroll(loop)
+    write_out_taps(sch, reductions, inner, device, decisions)
     keep_in_registers(sch, rv, inner, reductions[0])
     return True
-
-
-def _tile_of(block: Block, device: Device, whole: bool, rank: int, most: int) -> Tile | None:
-    """The register tile of this rank: first those of neighbours that share lines, then those of whole vectors alone."""
-    overlapping = [] if whole else window_tiles(block, device, most)
-    return overlapping[rank] if rank < len(overlapping) else register_tile(block, device, whole, rank - len(overlapping), most)
 
 
 def _in_bands(sch: Schedule, outer: Sequence[LoopRV], rows: int, bands: int) -> list[LoopRV]:
@@ -241,18 +232,6 @@ def _outer_axes(block: Block, shape: Tile, order: int) -> list[int]:
     rows = [a for a, _ in shape.rows]
     free = [a for a in block.spatial if a not in (shape.axis, *rows)]
     return ([*free, shape.axis, *rows], [*free, *rows, shape.axis], [*rows, *free, shape.axis])[order]
-
-
-def _taps(sch: Schedule, reductions: Sequence[LoopRV], inner: Sequence[LoopRV], most: int) -> list[LoopRV]:
-    """The innermost reductions that are short enough to be written out: neighbouring taps then share what they read."""
-    size = prod(extent_of(sch, loop) for loop in inner[:-1])
-    taken: list[LoopRV] = []
-    for loop in reversed(reductions):
-        size *= extent_of(sch, loop)
-        if size > most:
-            break
-        taken.append(loop)
-    return taken
 
 
 def _share(sch: Schedule, block: Block, axes: Sequence[int], counts: Sequence[int], cores: int) -> tuple[int, list[str]]:
@@ -274,13 +253,17 @@ def chains(func: tirx.PrimFunc, device: Device) -> bool:
 
 
 def _fit_chain(sch: Schedule, blocks: Sequence[Block], device: Device, decisions: Decisions) -> Schedule:
-    """The schedule with the product and the reduction of a chain in the same tasks; unchanged where there is none, or it does not fit."""
+    """The schedule with all reductions of a chain in the same tasks; unchanged where there is none, or it does not fit."""
     if not any(block.chained for block in blocks):
         return sch
     trial = sch.copy()
     with suppress(*FAILURES):
-        product, reader = (block for block in blocks if block.reduction)
-        chain(trial, product, reader, device, decisions)
+        product, reader, *rest = (block for block in blocks if block.reduction)
+        if rest:
+            (projection,) = rest
+            bottleneck(trial, product, reader, projection, device, decisions)
+        else:
+            chain(trial, product, reader, device, decisions)
         return trial
     return sch
 
@@ -296,7 +279,7 @@ def chain(sch: Schedule, product: Block, reader: Block, device: Device, decision
     bands = _bands(sch, product, reader, channels, device)
     rv = sch.get_sblock(product.name)
     if bands > 1:
-        product = _with_rows(sch, product)
+        product = with_rows(sch, product)
         rows = _rows_of_channels(product, device, decisions, channels)
     order = decisions.order if bands == 1 else 0
     if not tile(sch, reader, device, replace(decisions, tile=0, grain=0, order=order), channels, bands):
@@ -339,16 +322,6 @@ def _bands(sch: Schedule, product: Block, reader: Block, channels: int, device: 
     size, twice = 4 * product.extents[2] * (product.extents[3] + channels), reader.extents[5] - 1
     most = after.extents[-2] // (4 * twice) if twice else 1
     return next((bands for bands in divisors(after.extents[-2], most) if size <= bands * device.caches.l2 // 2), 1)
-
-
-def _with_rows(sch: Schedule, product: Block) -> Block:
-    """The product over [images, filters, places] with rows and columns for places."""
-    rv, after = sch.get_sblock(product.name), one_consumer(sch, product)
-    width = after.extents[-1] if after else 1
-    places = IndexMap.from_func(lambda n, o, j, c: [n, o, j // width, j % width, c], ndim=4, index_dtype="int64")
-    sch.transform_block_layout(rv, places)
-    sch.transform_layout(rv, ("write", 0), lambda n, o, j: [n, o, j // width, j % width])
-    return known(sch, rv)
 
 
 def _channels_together(product: Block, rows: int, device: Device, decisions: Decisions) -> int:

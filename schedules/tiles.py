@@ -10,6 +10,7 @@ from math import gcd, prod
 
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
+from tvm.tirx import IndexMap
 
 from tvmtrain.schedules.blocks import FAILURES, Block, describe
 from tvmtrain.targets import Device
@@ -177,3 +178,13 @@ def known(sch: Schedule, rv: SBlockRV) -> Block:
 
 def extent_of(sch: Schedule, loop: LoopRV) -> int:
     return int(sch.get(loop).extent)
+
+
+def with_rows(sch: Schedule, product: Block) -> Block:
+    """The product over [images, filters, places] with rows and columns for places."""
+    rv, after = sch.get_sblock(product.name), one_consumer(sch, product)
+    width = after.extents[-1] if after else 1
+    places = IndexMap.from_func(lambda n, o, j, c: [n, o, j // width, j % width, c], ndim=4, index_dtype="int64")
+    sch.transform_block_layout(rv, places)
+    sch.transform_layout(rv, ("write", 0), lambda n, o, j: [n, o, j // width, j % width])
+    return known(sch, rv)

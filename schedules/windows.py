@@ -8,17 +8,23 @@ the neighbours, and places what is summed up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
 
+from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import LoopRV
+
 from tvmtrain.schedules.blocks import Access, Block
-from tvmtrain.schedules.tiles import LARGEST_TILE, Tile, divisors, lanes_of, vector_axis
+from tvmtrain.schedules.decisions import Decisions
+from tvmtrain.schedules.tiles import LARGEST_TILE, Tile, divisors, extent_of, lanes_of, register_tile, vector_axis
 from tvmtrain.targets import Device
 
-# Multiplications to which a tile's taps are written out. Sums that hide how long a multiplication takes. Tiles that are looked at.
-WRITTEN_OUT, FEWEST, BEST = 144, 8, 4
+# Multiplications to which a tile's taps are written out: of neighbours, and of any tile by decision.
+WRITTEN_OUT, LARGEST_TAPS = 144, (128, 32, 512)
+# Sums that hide how long a multiplication takes. Tiles that are looked at.
+FEWEST, BEST = 8, 4
 # Numbers in a cache line.
 CACHE_LINE = 16
 # How much less a tile of neighbours must load than one without: it also reads from more rows of a map at once.
@@ -87,3 +93,22 @@ def _windows(block: Block, vector: int) -> Iterator[Window]:
         step, between = divmod(across, along)
         if not between and step < block.extents[tap]:
             yield Window(read, axis, step, block.extents[tap], prod(block.extents[a] for a in block.reductions[i:]))
+
+
+def tile_of(block: Block, device: Device, whole: bool, rank: int, most: int) -> Tile | None:
+    """The register tile of this rank: first those of neighbours that share lines, then those of whole vectors alone."""
+    overlapping = [] if whole else window_tiles(block, device, most)
+    return overlapping[rank] if rank < len(overlapping) else register_tile(block, device, whole, rank - len(overlapping), most)
+
+
+def write_out_taps(
+    sch: Schedule, reductions: Sequence[LoopRV], inner: Sequence[LoopRV], device: Device, decisions: Decisions
+) -> None:
+    """The innermost reductions that are short enough, outside of a tile's ``inner`` loops: neighbouring taps then share what they read."""
+    most = WRITTEN_OUT if wide(device.lanes()) and decisions.taps == 0 else LARGEST_TAPS[decisions.taps]
+    size = prod(extent_of(sch, loop) for loop in inner[:-1])
+    for loop in reversed(reductions):
+        size *= extent_of(sch, loop)
+        if size > most:
+            break
+        sch.unroll(loop)

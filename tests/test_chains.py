@@ -164,3 +164,147 @@ def test_numbers_of_other_decisions(chosen: Decisions, monkeypatch: pytest.Monke
     close(run(block(2), *arrays)[0], wanted(arrays, 2))
     (text,) = kernels(arrays, block(2))
     assert text.count("T.parallel") == 1, "both in the same tasks"
+
+
+# ---- with the projection that follows ----
+
+# Half of the cache holds eight rows of 24 channels of 16 numbers, and what they are made from.
+BAND = replace(AVX2, caches=Caches(l2=36 * 1024))
+
+
+def bottleneck(stride: int, *, window: int = 1, kernel: int = 3, residual: bool = False, read_twice: bool = False) -> Any:
+    """A convolution of ``window`` x ``window`` taps, with stride 2 if there are several, a depthwise one, and a projection."""
+
+    def make(x: relax.Var, w: relax.Var, t: relax.Var, v: relax.Var, u: relax.Var, q: relax.Var, s: relax.Var) -> relax.Expr:
+        emit = relax.BlockBuilder.current().emit
+        first = {"strides": [2, 2], "padding": [window // 2] * 4} if window > 1 else {}
+        z = emit(R.clip(R.add(R.nn.conv2d(x, w, **first), t), 0.0, 6.0))
+        groups = int(v.ty.shape[0])
+        y = R.nn.conv2d(z, v, strides=[stride, stride], padding=[kernel // 2] * 4, groups=groups)
+        y = emit(R.clip(R.add(y, u), 0.0, 6.0))
+        p = emit(R.add(R.nn.conv2d(y, q), s))
+        out = R.add(p, x) if residual else p
+        return relax.Tuple([out, y]) if read_twice else out
+
+    return make
+
+
+def of_bottleneck(
+    batch: int, channels: int, wide: int, out: int, size: tuple[int, int], window: int = 1, kernel: int = 3
+) -> list[np.ndarray]:
+    x, _, *rest = operands(batch, channels, wide, size, kernel)
+    return [x, array(wide, channels, window, window), *rest, array(out, wide, 1, 1), array(out, 1, 1)]
+
+
+def bottleneck_wanted(arrays: list[np.ndarray], stride: int, *, window: int = 1, residual: bool = False) -> np.ndarray:
+    """The same by PyTorch, in double precision."""
+    x, w, t, v, u, q, s = (torch.from_numpy(a).double() for a in arrays)
+    z = (F.conv2d(x, w, stride=2 if window > 1 else 1, padding=window // 2) + t).clamp(0, 6)
+    y = (F.conv2d(z, v, stride=stride, padding=v.shape[-1] // 2, groups=len(v)) + u).clamp(0, 6)
+    p = F.conv2d(y, q) + s
+    return (p + x if residual else p).numpy()
+
+
+@pytest.mark.parametrize(
+    ("stride", "window", "size", "cache", "tasks"),
+    [(1, 1, (16, 16), 36, 4), (2, 1, (32, 32), 36, 8), (1, 3, (32, 32), 44, 4), (2, 3, (64, 64), 36, 16)],
+)
+def test_three_in_bands_of_rows(stride: int, window: int, size: tuple[int, int], cache: int, tasks: int) -> None:
+    arrays, device = of_bottleneck(2, 3, 24, 8, size, window), replace(BAND, caches=Caches(l2=cache * 1024))
+    make = bottleneck(stride, window=window)
+    (text,) = kernels(arrays, make, device)
+    assert text.count("T.parallel") == 1
+    assert f"T.parallel(T.int64({tasks}))" in text
+    (got,) = run(make, *arrays, device=device)
+    close(got, bottleneck_wanted(arrays, stride, window=window))
+
+
+def test_who_does_not_become_part_of_the_projection() -> None:
+    arrays = of_bottleneck(2, 7, 24, 8, (16, 16))
+    assert len(kernels(arrays, bottleneck(1), BAND)) == 1
+    assert len(kernels(arrays, bottleneck(1, read_twice=True), BAND)) == 2, "a map that the backward reads, too"
+    assert len(kernels(arrays, bottleneck(1), replace(BAND, caches=Caches()))) == 3, (
+        "maps that stay in the caches by themselves"
+    )
+    assert len(kernels(arrays, bottleneck(1), replace(BAND, caches=Caches(l2=24 * 1024)))) == 2, "too few rows fit"
+    assert len(kernels(arrays, bottleneck(1), replace(BAND, cores=3))) == 3, "four tasks for three cores"
+    narrow = of_bottleneck(2, 7, 24, 8, (16, 20))
+    assert len(kernels(narrow, bottleneck(1), BAND)) == 2, "rows of no whole vectors"
+    strided = of_bottleneck(2, 3, 24, 8, (32, 32), 3)
+    assert len(kernels(strided, bottleneck(1, window=3), BAND)) == 3, "several taps are not chained without a projection"
+
+
+def test_a_product_is_part_of_one_row_only() -> None:
+    """MobileNetV1: the projection of one depthwise convolution makes what the next one reads."""
+    shapes = [(24, 7, 1, 1), (24, 1, 3, 3), (24, 24, 1, 1), (24, 1, 3, 3), (24, 24, 1, 1)]
+    arrays = [array(2, 7, 16, 16), *(array(*shape) / 3 for shape in shapes)]
+
+    def make(x: relax.Var, *weights: relax.Var) -> relax.Expr:
+        for w in weights:
+            groups = int(w.ty.shape[0]) if int(w.ty.shape[1]) == 1 else 1
+            padding = [int(w.ty.shape[2]) // 2] * 4
+            x = relax.BlockBuilder.current().emit(R.clip(R.nn.conv2d(x, w, padding=padding, groups=groups), 0.0, 6.0))
+        return x
+
+    assert len(kernels(arrays, make, BAND)) == 3, "the first three are one kernel; the last two begin with its results"
+    want = torch.from_numpy(arrays[0]).double()
+    for w in map(torch.from_numpy, arrays[1:]):
+        want = F.conv2d(want, w.double(), padding=w.shape[-1] // 2, groups=len(w) if w.shape[1] == 1 else 1).clamp(0, 6)
+    (got,) = run(make, *arrays, device=BAND)
+    close(got, want.numpy())
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    channels=st.integers(1, 9),
+    wide=st.sampled_from([1, 7, 12, 30, 48]),
+    out=st.sampled_from([1, 5, 8, 24]),
+    size=st.tuples(st.sampled_from([8, 14, 16, 21, 40]), st.sampled_from([4, 8, 12, 16, 24])),
+    stride=st.integers(1, 2),
+    window=st.sampled_from([1, 3]),
+    kernel=st.sampled_from([3, 5]),
+    cache=st.sampled_from([4, 9, 20, 48]),
+    vector=st.sampled_from([(128, 16), (128, 32), (256, 16)]),
+)
+def test_numbers_of_bottlenecks_of_any_shape(
+    batch: int,
+    channels: int,
+    wide: int,
+    out: int,
+    size: tuple[int, int],
+    stride: int,
+    window: int,
+    kernel: int,
+    cache: int,
+    vector: tuple[int, int],
+) -> None:
+    """Some become one kernel, some two, some none."""
+    size = (size[0] * (2 if window > 1 else 1), size[1] * (2 if window > 1 else 1))
+    arrays = of_bottleneck(batch, channels, wide, out, size, window, kernel)
+    device = replace(TINY, vector_bits=vector[0], vector_registers=vector[1], caches=replace(SMALL, l2=cache * 1024))
+    (got,) = run(bottleneck(stride, window=window, kernel=kernel), *arrays, device=device)
+    close(got, bottleneck_wanted(arrays, stride, window=window))
+
+
+@pytest.mark.parametrize(("size", "cache"), [((16, 16), 36), ((40, 8), 36), ((33, 24), 72)])
+@pytest.mark.parametrize("residual", [True, False])
+def test_numbers_of_a_projection_and_what_is_added_to_it(residual: bool, size: tuple[int, int], cache: int) -> None:
+    arrays, device = of_bottleneck(2, 8, 24, 8, size), replace(BAND, caches=Caches(l2=cache * 1024))
+    assert len(kernels(arrays, bottleneck(1, residual=residual), device)) == 1
+    (got,) = run(bottleneck(1, residual=residual), *arrays, device=device)
+    close(got, bottleneck_wanted(arrays, 1, residual=residual))
+
+
+@pytest.mark.parametrize(
+    "chosen", [Decisions(tile=1), Decisions(tile=3, grain=1), Decisions(grain=2, taps=2), Decisions(taps=1)]
+)
+def test_numbers_of_bottlenecks_of_other_decisions(chosen: Decisions, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = cpu.schedule
+    monkeypatch.setattr(cpu, "schedule", lambda f, device, _: whole(f, device, chosen))
+    arrays = of_bottleneck(2, 7, 24, 8, (32, 16))
+    device = replace(BAND, caches=Caches(l2=64 * 1024))
+    (text,) = kernels(arrays, bottleneck(1), device)
+    assert text.count("T.parallel") == 1, "all three in the same tasks"
+    (got,) = run(bottleneck(1), *arrays, device=device)
+    close(got, bottleneck_wanted(arrays, 1))
