@@ -1,7 +1,8 @@
 """The schedule of every kernel on a processor: vectors along memory, sums in registers, cores over what is left.
 
 ``schedule`` first inlines what is cheap. A product that is part of what reads it (``schedules.chains``) is computed in the same tasks
-(``chain``, or with the projection that follows ``schedules.bottleneck``). Every other block of a PrimFunc gets the first of these that fits it:
+(``chain``, or with the projection that follows ``schedules.bottleneck``). Every other block of a PrimFunc gets the first of these that
+fits it:
 
 1. side_by_side: a product over channels of maps that are no whole vectors. Some filters' results for all places stay in the cache.
 2. pooled: sums of rows of a map of which others take sums of neighbours (patches). A row at a time stays in the cache.
