@@ -39,7 +39,7 @@ from tvmtrain.targets import Device
 # Of the rows that a band computes, one in so many may be another band's, too.
 COMPUTED_TWICE = 4
 # Tiles of channels of which z is made before the depthwise convolution reads it.
-TILES_TOGETHER = 2
+TILES_TOGETHER = 4
 
 
 def bottleneck(sch: Schedule, product: Block, reader: Block, projection: Block, device: Device, decisions: Decisions) -> None:
@@ -129,8 +129,9 @@ def _expanded(
     rv, end = _in_task(sch, block, group, device)
     _, channel, row, column, *sums = loops_in(sch, rv, group)
     inner, outer = split_tile(sch, {1: channel, 3: column}, shape)
-    sch.reorder(outer.get(1, channel), row, outer[3], *sums, *inner)
-    leave_registers(sch, end, outer[3], device)
+    last = outer.get(1, channel)
+    sch.reorder(row, outer[3], last, *sums, *inner)  # what a row is made from stays in the nearest cache for all its channels
+    leave_registers(sch, end, last, device)
     _bring_all(sch, block, task, device)
     write_out_taps(sch, sums[1:], inner, device, decisions)
     keep_in_registers(sch, rv, inner, sums[0])
