@@ -25,7 +25,7 @@ FAILURES = (ScheduleError, RuntimeError, ValueError, IndexError, TypeError)
 STRIDES = "tvmtrain.strides"
 # An annotation of blocks that stay by themselves.
 KEPT = "tvmtrain.kept"
-# An annotation of the block that ends a product whose results another reduction of the same kernel reads, some channels at a time.
+# An annotation of the block with whose results a reduction ends, where another one of the same kernel reads them from a cache.
 CHAINED = "tvmtrain.chained"
 # An annotation of sums over parts of what another reduction makes: each is added as soon as it is there.
 ACCUMULATED = "tvmtrain.accumulated"
@@ -89,12 +89,12 @@ class Block:
 
     @property
     def kept(self) -> bool:
-        """Whether its results are made once, whatever they cost: they are read often, or end a product."""
+        """Whether its results are made once, whatever they cost: they are read often, or stay in a cache."""
         return self.strides is not None or KEPT in self.source.annotations or self.chained
 
     @property
     def chained(self) -> bool:
-        """Whether it ends a product whose results stay in a cache (``schedules.chains``)."""
+        """Whether its results stay in a cache for another reduction (``schedules.chains``)."""
         return CHAINED in self.source.annotations
 
     @property

@@ -4,8 +4,8 @@
         for some channels: z = clip(conv2d(x, w) + t);  y = clip(depthwise(z, v) + u)
         p = conv2d(y, q) + s, of all channels
 
-Neither z nor y is ever in memory as a whole: the band's y waits in a core's second cache, some channels' z in the first. The rows of z
-that two bands read are computed twice.
+Neither z nor y is ever in memory as a whole: the band's y and some channels' z wait in a core's second cache. The rows of z that two
+bands read are computed twice.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tvmtrain.schedules.tiles import (
     ON_MAPS,
     Tile,
     divisors,
+    extent_of,
     fill_then_copy,
     keep_in_registers,
     leave_registers,
@@ -38,32 +39,37 @@ from tvmtrain.targets import Device
 
 # Of the rows that a band computes, one in so many may be another band's, too.
 COMPUTED_TWICE = 4
-# Tiles of channels of which z is made before the depthwise convolution reads it.
-TILES_TOGETHER = 4
+# Tiles of channels of which z is made before the depthwise convolution reads it. Register tiles that are looked at.
+TILES_TOGETHER, TILES = 4, 16
 
 
 def bottleneck(sch: Schedule, product: Block, reader: Block, projection: Block, device: Device, decisions: Decisions) -> None:
-    """``product`` makes z, ``reader`` y, ``projection`` p. Raises one of ``FAILURES`` where they do not fit each other, or the caches."""
+    """``product`` makes z, ``reader`` y, ``projection`` p. Raises one of ``FAILURES`` where they do not fit each other, or the caches.
+
+    decisions: ``tile`` of the projection; ``grain`` 1 and 2 for fewer rows; ``taps``.
+    """
     if len(product.extents) == 4:
         product = with_rows(sch, product)
-    rows = _rows(sch, product, reader, device, decisions)
-    task = _projected(sch, projection, rows * reader.extents[3], device, decisions)
     shape = _tile(product, device, 1)
-    group = _depthwise(sch, reader, rows, task, _together(product, shape), device, decisions)
+    together = _together(product, shape)
+    rows = _rows_of_a_band(product, reader, together, device, decisions)
+    task = _projected(sch, projection, rows * reader.extents[3], device, decisions)
+    group = _depthwise(sch, reader, rows, task, together, device, decisions)
     _expanded(sch, product, shape, group, task, device, decisions)
 
 
-def _rows(sch: Schedule, product: Block, reader: Block, device: Device, decisions: Decisions) -> int:
-    """Of a band: as many, of whole vectors, as leave half of the cache to others; fewer where that is decided on."""
+def _rows_of_a_band(product: Block, reader: Block, together: int, device: Device, decisions: Decisions) -> int:
+    """As many, of whole vectors, as leave half of the cache to others; fewer where that is decided on."""
     batch, channels, height, width = reader.extents[:4]
-    taps, stride = reader.extents[5], -(-product.extents[2] // height)
+    above, across = product.extents[2:4]
+    step, window = _steps(reader)
     read = max(prod(int(d) for d in r.buffer.shape) for r in product.reads if r.strides[3]) // batch
     fitting = []
     for rows in divisors(height, height):
-        computed = stride * rows + max(0, taps - stride)
-        size = 4 * (channels * rows * width + read * computed // product.extents[2])
-        whole = rows * width % device.lanes() == 0 == product.extents[3] % device.lanes()
-        little = COMPUTED_TWICE * (computed - stride * rows) <= computed
+        computed = min(above, step * (rows - 1) + window)
+        size = 4 * (channels * rows * width + together * computed * across + read * computed // above)
+        whole = rows * width % device.lanes() == 0 == across % device.lanes()
+        little = rows == height or COMPUTED_TWICE * (computed - step * rows) <= computed
         if whole and little and size <= device.caches.l2 // 2 and busy(batch * height // rows, device.cores):
             fitting.append(rows)
     if not fitting:
@@ -71,12 +77,20 @@ def _rows(sch: Schedule, product: Block, reader: Block, device: Device, decision
     return fitting[max(0, len(fitting) - 1 - decisions.grain)]
 
 
-def _tile(block: Block, device: Device, row: int) -> Tile:
-    """The register tile of a map along its rows, with neighbours along the axis ``row`` alone."""
-    shape = tile_of(block, device, False, 0, ON_MAPS)
-    if shape is None or shape.axis != 3 or any(axis != row for axis, _ in shape.rows):
-        raise ValueError("results that do not lie side by side")
-    return shape
+def _steps(reader: Block) -> tuple[int, int]:
+    """Rows that a window moves on for each row of the results, and rows that it is high."""
+    data = next(r for r in reader.reads if r.strides[3])
+    row = prod(int(d) for d in data.buffer.shape[3:])
+    return (data.strides[2] or 0) // row, (reader.extents[5] - 1) * (data.strides[5] or 0) // row + 1
+
+
+def _tile(block: Block, device: Device, axis: int) -> Tile:
+    """The register tile of a map along its rows, with neighbours along ``axis`` alone."""
+    shapes = (tile_of(block, device, False, rank, ON_MAPS) for rank in range(TILES))
+    for shape in shapes:
+        if shape is not None and shape.axis == 3 and all(other == axis for other, _ in shape.rows):
+            return shape
+    raise ValueError("results that do not lie side by side")
 
 
 def _together(product: Block, shape: Tile) -> int:
@@ -91,7 +105,7 @@ def _projected(sch: Schedule, block: Block, places: int, device: Device, decisio
     band = replace(block, extents=(*block.extents[:2], places, block.extents[3]))
     shape = register_tile(band, device, False, decisions.tile, ON_MAPS)
     if end is None or shape is None or shape.axis != 2 or any(axis != 1 for axis, _ in shape.rows):
-        raise ValueError("results that are not read in their order")
+        raise ValueError("results that do not lie side by side, or are not read in their order")
     image, filters, place, channel = sch.get_loops(rv)
     bands, place = sch.split(place, factors=[None, places])
     inner, outer = split_tile(sch, {1: filters, 2: place}, shape)
@@ -128,6 +142,8 @@ def _expanded(
     """[images, channels, rows, columns | channels, taps] of some channels of a band."""
     rv, end = _in_task(sch, block, group, device)
     _, channel, row, column, *sums = loops_in(sch, rv, group)
+    if extent_of(sch, column) != block.extents[3]:
+        raise ValueError("columns that nothing reads")
     inner, outer = split_tile(sch, {1: channel, 3: column}, shape)
     last = outer.get(1, channel)
     sch.reorder(row, outer[3], last, *sums, *inner)  # what a row is made from stays in the nearest cache for all its channels

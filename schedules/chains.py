@@ -1,4 +1,4 @@
-"""An expansion (1x1) becomes part of the depthwise convolution that alone reads its results: the wide map is never in memory as a whole.
+"""A convolution becomes part of the depthwise one that alone reads its results, and both of the projection: no wide map is in memory.
 
     z = clip(conv2d(x, w) + t);  y = clip(depthwise(z, v) + u)  -->  y = chained(x, w, t, v, u)
 
@@ -51,23 +51,23 @@ class _Kernel(merging.Plain):
         return [block for block in self.blocks if block.reduction]
 
     @property
-    def product(self) -> bool:
+    def is_product(self) -> bool:
         """Whether its one reduction is [images, filters, places] over channels, and elementwise work follows."""
         return self._sums_up(PRODUCT)
 
     @property
-    def convolution(self) -> bool:
-        """Whether its one reduction is [images, filters, rows, columns] over channels and taps, and elementwise work follows."""
+    def is_convolution(self) -> bool:
+        """Whether its one reduction is four axes (a map's) over channels, more than one, and taps, and elementwise work follows."""
         return self._sums_up(WINDOW) and self.sums[0].extents[4] > 1
 
     @property
-    def depthwise(self) -> bool:
+    def is_depthwise(self) -> bool:
         """Whether its one reduction is [images, channels, rows, columns] over the taps of one channel."""
         return [block.reduced for block in self.sums] == [WINDOW] and self.sums[0].extents[4] == 1
 
     @cached_property
     def marked(self) -> tirx.PrimFunc:
-        """The same with its last block marked as the end of a product."""
+        """The same with its last block marked: its results stay in a cache."""
         sch = Schedule(self.function, error_render_level="none")
         sch.annotate(sch.get_sblock(self.blocks[-1].name), CHAINED, 1)
         return sch.mod["main"]
@@ -92,7 +92,7 @@ class _Chaining:
     def done(self) -> relax.Function:
         bindings = list(self.function.body.blocks[0].bindings)
         kept = dict.fromkeys(bindings)
-        for calls in self._rows(bindings):
+        for calls in self._candidates(bindings):
             if all(kept.get(call, call) is None for call in calls) and self._fit(calls):
                 *inside, last = calls
                 for call in inside:
@@ -100,7 +100,7 @@ class _Chaining:
                 kept[last] = self._merged(calls)
         return signature.with_bindings(self.function, [merged or binding for binding, merged in kept.items()])
 
-    def _rows(self, bindings: Sequence[relax.Binding]) -> Iterator[tuple[relax.Binding, ...]]:
+    def _candidates(self, bindings: Sequence[relax.Binding]) -> Iterator[tuple[relax.Binding, ...]]:
         """Calls of which each alone reads the one before, from maps that stay in no cache: three, then two."""
         made = {b.var: b for b in bindings if merging.is_call(b) and b.value.args[0] in self.kernels}
         values = [*(binding.value for binding in bindings), self.function.body.body]
@@ -114,8 +114,8 @@ class _Chaining:
         row = tuple(call.value.args[0] for call in calls)
         if row not in self.fitting:
             first, reader, *projection = (self.kernels[kernel] for kernel in row)
-            produced = first.product or (bool(projection) and first.convolution)
-            likely = produced and reader.depthwise and all(kernel.product for kernel in projection)
+            produced = first.is_product or (bool(projection) and first.is_convolution)
+            likely = produced and reader.is_depthwise and all(kernel.is_product for kernel in projection)
             self.fitting[row] = likely and self._scheduled(calls)
         return self.fitting[row]
 
@@ -138,6 +138,6 @@ class _Chaining:
         return merging.merged([*(self._ended(call) for call in inside), last], self.builder)
 
     def _ended(self, call: relax.Binding) -> relax.Binding:
-        """The call with its results marked as the end of a product."""
+        """The call with its results marked."""
         kernel = self.builder.add_func(self.kernels[call.value.args[0]].marked, merging.name_of(call))
         return relax.VarBinding(call.var, relax.Call(merging.CALL_TIR, [kernel, call.value.args[1]], None, call.value.ty_args))

@@ -10,7 +10,7 @@ from tvm.s_tir.schedule import LoopRV
 
 from tvmtrain.schedules import transposing
 from tvmtrain.schedules.blocks import Access, Block, describe
-from tvmtrain.schedules.interleave import residues_together
+from tvmtrain.schedules.interleave import RESIDUES, residues_together
 from tvmtrain.schedules.strips import in_strips
 from tvmtrain.schedules.tiles import Tile, fill_then_copy, known, loops_in
 from tvmtrain.targets import Device
@@ -45,7 +45,7 @@ def bring(sch: Schedule, producer: str, at: LoopRV, device: Device, lines: bool)
         transposing.transpose(sch, producer, loops_in(sch, out, at), device)
         return []
     sch.compute_at(rv, at)
-    if producer != "residues":
+    if not producer.startswith(RESIDUES):
         if across is not None:
             transposing.line_by_line(sch, loops_in(sch, rv, at))
         return [producer]

@@ -17,7 +17,7 @@ class Decisions:
 
     template: of those that fit a block, which one. tile: of the register tiles that fit: those of neighbours that share lines first,
     then from the one with most arithmetic for each value loaded. order: of the loops over tiles. grain: how finely the cores share
-    the work (of a chain 1 finer, 2 coarser). taps: how far the reduction is written out.
+    the work (of a chain 1 finer, 2 coarser; of one with its projection both finer). taps: how far the reduction is written out.
     """
 
     template: int = 0

@@ -19,6 +19,8 @@ from tvmtrain.targets import Device
 
 # Residues of one axis that are written out.
 LARGEST_STRIDE = 4
+# How copies are called whose places are ordered by their residues (``tvmtrain.strided``); a second one of a kernel has a number, too.
+RESIDUES = "residues"
 
 
 def interleave(sch: Schedule, block: Block, device: Device, _decisions: Decisions) -> bool:
@@ -70,7 +72,7 @@ def _bring(sch: Schedule, rv: SBlockRV, plane: LoopRV) -> None:
         _bring(sch, producer, plane)
         if known.guarded:
             fill_then_copy(sch, known.name, plane)
-        if known.name == "residues":
+        if known.name.startswith(RESIDUES):
             residues_together(sch, producer)
 
 

@@ -21,7 +21,7 @@ from tvmtrain.schedules.decisions import Decisions
 from tvmtrain.schedules.tiles import LARGEST_TILE, Tile, divisors, extent_of, lanes_of, register_tile, vector_axis
 from tvmtrain.targets import Device
 
-# Multiplications to which a tile's taps are written out: of neighbours, and of any tile by decision.
+# Multiplications to which a tile's taps are written out: of wide vectors, and of others or by decision.
 WRITTEN_OUT, LARGEST_TAPS = 144, (128, 32, 512)
 # Sums that hide how long a multiplication takes. Tiles that are looked at.
 FEWEST, BEST = 8, 4
@@ -104,7 +104,7 @@ def tile_of(block: Block, device: Device, whole: bool, rank: int, most: int) -> 
 def write_out_taps(
     sch: Schedule, reductions: Sequence[LoopRV], inner: Sequence[LoopRV], device: Device, decisions: Decisions
 ) -> None:
-    """The innermost reductions that are short enough, outside of a tile's ``inner`` loops: neighbouring taps then share what they read."""
+    """Unroll the innermost reductions around a tile's ``inner`` loops, if they are short: neighbouring taps then share what they read."""
     most = WRITTEN_OUT if wide(device.lanes()) and decisions.taps == 0 else LARGEST_TAPS[decisions.taps]
     size = prod(extent_of(sch, loop) for loop in inner[:-1])
     for loop in reversed(reductions):
