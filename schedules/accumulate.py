@@ -10,16 +10,14 @@ from __future__ import annotations
 from math import prod
 
 from tvm.s_tir import Schedule
-from tvm.s_tir.schedule import LoopRV
 
 from tvmtrain.schedules import transposing
 from tvmtrain.schedules.blocks import ACCUMULATED, Block
-from tvmtrain.schedules.copies import bring, made_for
+from tvmtrain.schedules.copies import bring_all
 from tvmtrain.schedules.decisions import Decisions
 from tvmtrain.schedules.sharing import cores_of, parallel, shared_prefix
 from tvmtrain.schedules.tiles import (
     extent_of,
-    fill_then_copy,
     keep_in_registers,
     leave_registers,
     one_consumer,
@@ -49,7 +47,8 @@ def accumulate(sch: Schedule, block: Block, device: Device, decisions: Decisions
     shared = shared_prefix([extent_of(sch, loop) for loop in free], cores_of(device, decisions))
     sch.reorder(*free[:shared], *parts, *free[shared:], *tiles, *reductions, *inner)
     parallel(sch, free, shared)
-    _bring_all(sch, block, (*parts, *free[shared:])[-1], device, shape.columns * shape.lanes)
+    lines = shape.columns * shape.lanes % transposing.ROWS == 0
+    bring_all(sch, block, (*parts, *free[shared:])[-1], device, lines)
     sch.set_scope(rv, 0, "local")
     leave_registers(sch, total, tiles[-1], device)
     sch.decompose_reduction(total, parts[0])
@@ -63,10 +62,3 @@ def _parts(block: Block, after: Block) -> list[int]:
     summed = [after.variables[a] for a in after.reductions]
     places = [made for made, read in zip(block.write.index, access.index, strict=True) if any(read.same_as(v) for v in summed)]
     return [a for a, variable in enumerate(block.variables) if any(place.same_as(variable) for place in places)]
-
-
-def _bring_all(sch: Schedule, block: Block, at: LoopRV, device: Device, width: int) -> None:
-    """Copies for this block alone are made part by part."""
-    for producer, _ in list(made_for(sch, block)):
-        for copied in bring(sch, producer.name, at, device, width % transposing.ROWS == 0):
-            fill_then_copy(sch, copied, at)

@@ -17,16 +17,16 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from tvmtrain.schedules.blocks import Block
-from tvmtrain.schedules.copies import bring, made_for
+from tvmtrain.schedules.copies import bring_all
 from tvmtrain.schedules.decisions import Decisions
 from tvmtrain.schedules.epilogues import epilogue_of
 from tvmtrain.schedules.sharing import busy
 from tvmtrain.schedules.tiles import (
     ON_MAPS,
+    TILES,
     Tile,
     divisors,
     extent_of,
-    fill_then_copy,
     keep_in_registers,
     leave_registers,
     loops_in,
@@ -39,8 +39,8 @@ from tvmtrain.targets import Device
 
 # Of the rows that a band computes, one in so many may be another band's, too.
 COMPUTED_TWICE = 4
-# Tiles of channels of which z is made before the depthwise convolution reads it. Register tiles that are looked at.
-TILES_TOGETHER, TILES = 4, 16
+# Tiles of channels of which z is made before the depthwise convolution reads it.
+TILES_TOGETHER = 4
 
 
 def bottleneck(sch: Schedule, product: Block, reader: Block, projection: Block, device: Device, decisions: Decisions) -> None:
@@ -130,7 +130,7 @@ def _depthwise(
     inner, outer = split_tile(sch, {2: row, 3: column}, shape)
     sch.reorder(group, channel, outer.get(2, row), outer[3], *taps, *inner)
     leave_registers(sch, end, outer[3], device)
-    _bring_all(sch, block, channel, device)
+    bring_all(sch, block, channel, device, lines=False)
     write_out_taps(sch, taps, inner, device, decisions)
     keep_in_registers(sch, rv, inner, taps[0])
     return group
@@ -148,7 +148,7 @@ def _expanded(
     last = outer.get(1, channel)
     sch.reorder(row, outer[3], last, *sums, *inner)  # what a row is made from stays in the nearest cache for all its channels
     leave_registers(sch, end, last, device)
-    _bring_all(sch, block, task, device)
+    bring_all(sch, block, task, device, lines=False)
     write_out_taps(sch, sums[1:], inner, device, decisions)
     keep_in_registers(sch, rv, inner, sums[0])
 
@@ -162,10 +162,3 @@ def _in_task(sch: Schedule, block: Block, at: LoopRV, device: Device) -> tuple[S
     for each in (end, rv):
         sch.compute_at(each, at, preserve_unit_loops=True)
     return rv, end
-
-
-def _bring_all(sch: Schedule, block: Block, at: LoopRV, device: Device) -> None:
-    """The padded copies that a block reads."""
-    own = [producer for producer, _ in made_for(sch, block) if not producer.chained]
-    for name in [copy for producer in own for copy in bring(sch, producer.name, at, device, False)]:
-        fill_then_copy(sch, name, at)

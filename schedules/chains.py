@@ -1,10 +1,13 @@
 """A convolution becomes part of the depthwise one that alone reads its results, and both of the projection: no wide map is in memory.
 
     z = clip(conv2d(x, w) + t);  y = clip(depthwise(z, v) + u)  -->  y = chained(x, w, t, v, u)
+    p = conv2d(y, q) + s                                       -->  p = chained(x, w, t, v, u, q, s)
 
 Where no backward reads ``z`` (layers that stay as they are, evaluation, prediction), writing and reading it is most of what an inverted
-residual costs: it has six times the channels of x and y. ``schedules.cpu.chain`` computes some of its channels at a time, and what
-follows from them while they are in the cache. Runs before ``FusePrologues``, on kernels of TVM's groups.
+residual costs: it has six times the channels of x and p. ``schedules.cpu.chain`` computes some channels of an expansion (1x1) at a
+time, and what follows from them while they are in the cache; where a band of all channels of ``y`` stays there, too,
+``schedules.bottleneck`` goes on to the projection, and ``z`` may be of any convolution. Runs before ``FusePrologues``, on kernels of
+TVM's groups.
 """
 
 from __future__ import annotations

@@ -59,6 +59,14 @@ def bring(sch: Schedule, producer: str, at: LoopRV, device: Device, lines: bool)
     return names
 
 
+def bring_all(sch: Schedule, block: Block, at: LoopRV, device: Device, lines: bool) -> None:
+    """The copies for this block alone are made in each step of the loop ``at``; ``lines`` as in ``bring``."""
+    for producer, _ in list(made_for(sch, block)):
+        if not producer.chained:
+            for copied in bring(sch, producer.name, at, device, lines):
+                fill_then_copy(sch, copied, at)
+
+
 def read_by_rows(sch: Schedule, block: Block, shape: Tile, device: Device) -> list[str]:
     """Producers of numbers each of which one tile of rows alone reads, as scalars, one for each step of the reduction."""
     found: list[str] = []

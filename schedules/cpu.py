@@ -45,6 +45,7 @@ from tvmtrain.schedules.tiles import (
     LARGEST_TILE,
     ON_MAPS,
     PARALLEL,
+    TILES,
     Tile,
     divisors,
     extent_of,
@@ -63,8 +64,6 @@ from tvmtrain.schedules.tiles import (
 from tvmtrain.schedules.windows import tile_of, write_out_taps
 from tvmtrain.targets import Device
 
-# Register tiles that are looked at.
-TILES = 16
 # Bytes that the partial sums of one kernel may take.
 LARGEST_PARTIAL = 4 * 2**20
 

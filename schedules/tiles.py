@@ -19,6 +19,8 @@ from tvmtrain.targets import Device
 PARALLEL = 16384
 # Tiles of up to this many results along one axis; more registers than any processor has would be needed beyond.
 LARGEST_TILE = 16
+# Register tiles that are looked at for one of a wanted form.
+TILES = 16
 # Vectors side by side in a tile, at most: of columns that were brought into strips, and of rows of a map that are read as they lie.
 IN_STRIPS, ON_MAPS = 4, 7
 # Bytes after which places of a nearest cache begin anew: what lies so far apart shares a set of a few lines.

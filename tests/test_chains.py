@@ -177,15 +177,18 @@ def below(batch: int, channels: int, *size: int) -> Device:
 BAND = below(2, 48, 16, 16)
 
 
-def bottleneck(stride: int, *, window: int = 1, kernel: int = 3, residual: bool = False, read_twice: bool = False) -> Any:
-    """A convolution of ``window`` x ``window`` taps, with stride 2 if there are several, a depthwise one, and a projection."""
+def bottleneck(stride: int = 1, *, window: int = 1, residual: bool = False, read_twice: bool = False, **geometry: Any) -> Any:
+    """A convolution of ``window`` x ``window`` taps, with stride 2 if there are several, a depthwise one, and a projection.
+
+    geometry: of the depthwise convolution, where it is not ``stride`` and as much padding as keeps the size.
+    """
 
     def make(x: relax.Var, w: relax.Var, t: relax.Var, v: relax.Var, u: relax.Var, q: relax.Var, s: relax.Var) -> relax.Expr:
         emit = relax.BlockBuilder.current().emit
         first = {"strides": [2, 2], "padding": [window // 2] * 4} if window > 1 else {}
         z = emit(R.clip(R.add(R.nn.conv2d(x, w, **first), t), 0.0, 6.0))
-        groups = int(v.ty.shape[0])
-        y = R.nn.conv2d(z, v, strides=[stride, stride], padding=[kernel // 2] * 4, groups=groups)
+        depthwise = {"strides": [stride, stride], "padding": [int(v.ty.shape[2]) // 2] * 4, **geometry}
+        y = R.nn.conv2d(z, v, groups=int(v.ty.shape[0]), **depthwise)
         y = emit(R.clip(R.add(y, u), 0.0, 6.0))
         p = emit(R.add(R.nn.conv2d(y, q), s))
         out = R.add(p, x) if residual else p
@@ -268,18 +271,6 @@ def test_a_product_is_part_of_one_row_only() -> None:
     close(got, want.numpy())
 
 
-def general(geometry: dict[str, Any]) -> Any:
-    """As ``bottleneck``, with a depthwise convolution of any strides, padding and dilation."""
-
-    def make(x: relax.Var, w: relax.Var, t: relax.Var, v: relax.Var, u: relax.Var, q: relax.Var, s: relax.Var) -> relax.Expr:
-        emit = relax.BlockBuilder.current().emit
-        z = emit(R.clip(R.add(R.nn.conv2d(x, w), t), 0.0, 6.0))
-        y = emit(R.clip(R.add(R.nn.conv2d(z, v, groups=int(v.ty.shape[0]), **geometry), u), 0.0, 6.0))
-        return emit(R.add(R.nn.conv2d(y, q), s))
-
-    return make
-
-
 @pytest.mark.parametrize("vector", [(128, 32), (256, 16), (512, 32)])
 @pytest.mark.parametrize(
     ("kernel", "size", "results", "geometry"),
@@ -299,12 +290,12 @@ def test_numbers_of_any_geometry(
 ) -> None:
     arrays = of_bottleneck(2, 5, 96, 8, size, kernel=kernel)
     device = replace(TINY, caches=below(2, 96, *results).caches, vector_bits=vector[0], vector_registers=vector[1])
-    assert len(kernels(arrays, general(geometry), device)) == 1
+    assert len(kernels(arrays, bottleneck(**geometry), device)) == 1
     x, w, t, v, u, q, s = (torch.from_numpy(a).double() for a in arrays)
     top, left, bottom, right = geometry["padding"]
     z = F.pad((F.conv2d(x, w) + t).clamp(0, 6), (left, right, top, bottom))
     y = F.conv2d(z, v, stride=geometry.get("strides", 1), dilation=geometry.get("dilation", 1), groups=len(v))
-    (got,) = run(general(geometry), *arrays, device=device)
+    (got,) = run(bottleneck(**geometry), *arrays, device=device)
     close(got, (F.conv2d((y + u).clamp(0, 6), q) + s).numpy())
 
 
@@ -333,11 +324,11 @@ def test_numbers_of_bottlenecks_of_any_shape(
     cache: int,
     vector: tuple[int, int],
 ) -> None:
-    """Some become one kernel, some two, some none."""
+    """Some become one kernel, some two, others stay three."""
     size = (size[0] * (2 if window > 1 else 1), size[1] * (2 if window > 1 else 1))
     arrays = of_bottleneck(batch, channels, wide, out, size, window, kernel)
     device = replace(TINY, vector_bits=vector[0], vector_registers=vector[1], caches=replace(SMALL, l2=cache * 1024))
-    (got,) = run(bottleneck(stride, window=window, kernel=kernel), *arrays, device=device)
+    (got,) = run(bottleneck(stride, window=window), *arrays, device=device)
     close(got, bottleneck_wanted(arrays, stride, window=window))
 
 
